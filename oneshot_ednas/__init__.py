@@ -1,0 +1,1 @@
+"""One-shot differentiable search for multi-task dense prediction on the Coral Edge TPU."""

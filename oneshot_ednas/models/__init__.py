@@ -1,0 +1,1 @@
+"""The network: elastic blocks, backbone, BiFPN and heads."""

@@ -1,0 +1,45 @@
+"""Stem and elastic blocks: images to the features of the tapped levels."""
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from oneshot_ednas.architecture import Architecture
+from oneshot_ednas.models.blocks import ConvBN, ElasticBlock
+from oneshot_ednas.relaxation import Gates
+from oneshot_ednas.space import SearchSpace
+
+
+class Backbone(nn.Module):
+    """The searched part of the network."""
+
+    def __init__(self, space: SearchSpace, *, momentum: float) -> None:
+        super().__init__()
+        self.tap_blocks = space.fusion.tap_blocks
+        self.stem = ConvBN(3, space.stem_filters, kernel_size=3, stride=2, momentum=momentum)
+        self.blocks = nn.ModuleList(
+            ElasticBlock(spec, space.in_filters(index), momentum=momentum)
+            for index, spec in enumerate(space.blocks)
+        )
+
+    def forward(
+        self, images: Float[Tensor, "batch 3 height width"], run: Architecture | Gates
+    ) -> list[Tensor]:
+        """Features of the tapped blocks, finest first.
+
+        Args:
+            images: normalised images.
+            run: an architecture (sliced run) or gates (relaxed run, features at full width).
+        """
+        x = self.stem(images)
+        taps = []
+        in_gate = x.new_ones(1)
+        for number, block in enumerate(self.blocks, start=1):
+            if isinstance(run, Architecture):
+                x = block.sliced(x, run.blocks[number - 1])  # type: ignore[operator]
+            else:
+                gates = run[number - 1]
+                x = block.relaxed(x, gates, in_gate)  # type: ignore[operator]
+                in_gate = gates.filters
+            if number in self.tap_blocks:
+                taps.append(x)
+        return taps

@@ -1,0 +1,264 @@
+"""Strict files: YAML into frozen dataclasses by field type, and the files shipped with the package.
+
+Every error is one line that names the file, the line, what was expected and what came.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import yaml
+
+T = TypeVar("T")
+
+_PACKAGE = Path(__file__).resolve().parent
+_SCALAR_TAGS = {
+    bool: ("tag:yaml.org,2002:bool",),
+    int: ("tag:yaml.org,2002:int",),
+}
+_TYPE_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+
+def shipped(relative: str | Path) -> Path:
+    """Path of a file or folder shipped with the package (`configs/...`, `latency_tables/...`).
+
+    Raises:
+        FileNotFoundError: if neither the wheel nor the source checkout holds it.
+    """
+    # A wheel carries the folders inside the package; a source checkout has them beside it.
+    for base in (_PACKAGE, _PACKAGE.parent):
+        if (base / relative).exists():
+            return base / relative
+    raise FileNotFoundError(f"{relative} is not shipped with oneshot_ednas ({_PACKAGE})")
+
+
+def find_file(name: str | Path, *, beside: Path | None = None) -> Path:
+    """An existing file: as given, beside another file, or shipped with the package.
+
+    Raises:
+        FileNotFoundError: naming the places that were tried.
+    """
+    path = Path(name)
+    candidates = [path] + ([beside / path] if beside is not None and not path.is_absolute() else [])
+    for candidate in candidates:
+        if candidate.exists():
+            return candidate
+    if not path.is_absolute():
+        try:
+            return shipped(path)
+        except FileNotFoundError:
+            pass
+    tried = ", ".join(str(candidate) for candidate in candidates)
+    raise FileNotFoundError(f"no file {name} (tried {tried}, and the files shipped with the package)")
+
+
+def load_yaml(path: Path, cls: type[T], *, overrides: Iterable[str] = ()) -> T:
+    """Read a YAML file into a dataclass, strictly.
+
+    Args:
+        path: the file.
+        cls: a (frozen) dataclass; nested dataclasses, `X | None`, `tuple[X, ...]`,
+            `dict[str, X]`, `Literal`, `Path` and scalars are read by field type.
+        overrides: `dotted.key=value` settings that replace or add values, as on the command line.
+
+    Raises:
+        ValueError: for unknown, missing or duplicate keys, wrong types and values that the
+            dataclass itself refuses; the message names file and line.
+        FileNotFoundError: if there is no such file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    return parse_yaml(path.read_text(encoding="utf-8"), cls, source=str(path), overrides=overrides)
+
+
+def parse_yaml(text: str, cls: type[T], *, source: str, overrides: Iterable[str] = ()) -> T:
+    """Like `load_yaml`, for text; `source` names it in messages."""
+    root = _compose(text, source)
+    if root is None:
+        root = yaml.MappingNode("tag:yaml.org,2002:map", [], None, None)
+    for override in overrides:
+        _apply_override(root, override, source)
+    return cast(T, _Reader(source).read(root, cls, ""))
+
+
+def to_plain(value: Any) -> Any:  # noqa: ANN401
+    """A dataclass as nested dicts, lists and scalars, ready for YAML or JSON."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {key: to_plain(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [to_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def dump_yaml(value: object) -> str:
+    """YAML text of a dataclass; `parse_yaml` reads it back to an equal one."""
+    return yaml.safe_dump(to_plain(value), sort_keys=False, allow_unicode=True, width=100)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A hint: "did you mean x?" or the list of known names."""
+    names = sorted(known)
+    close = difflib.get_close_matches(word, names, n=1)
+    return f"did you mean {close[0]}?" if close else f"known: {', '.join(names)}"
+
+
+def _compose(text: str, source: str) -> yaml.Node | None:
+    try:
+        return yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark is not None else ""
+        problem = getattr(error, "problem", None) or "cannot be read"
+        raise ValueError(f"{source}{line}: not valid YAML: {problem}") from None
+
+
+def _apply_override(root: yaml.Node, override: str, source: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip():
+        raise ValueError(f"--set {override}: expected key=value, for example search.steps=100")
+    value = _compose(text, f"--set {key}") or yaml.ScalarNode("tag:yaml.org,2002:null", "")
+    node, parts = root, key.strip().split(".")
+    for depth, part in enumerate(parts):
+        if not isinstance(node, yaml.MappingNode):
+            raise ValueError(f"--set {override}: {'.'.join(parts[:depth])} has no keys in {source}")
+        last = depth == len(parts) - 1
+        match = [i for i, (k, _) in enumerate(node.value) if k.value == part]
+        if last:
+            entry = (yaml.ScalarNode("tag:yaml.org,2002:str", part), value)
+            if match:
+                node.value[match[0]] = entry
+            else:
+                node.value.append(entry)
+        elif match:
+            node = node.value[match[0]][1]
+        else:
+            child = yaml.MappingNode("tag:yaml.org,2002:map", [], None, None)
+            node.value.append((yaml.ScalarNode("tag:yaml.org,2002:str", part), child))
+            node = child
+
+
+class _Reader:
+    """Walks a YAML node tree and a type together; keeps the file name for messages."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+
+    def error(self, node: yaml.Node, message: str) -> ValueError:
+        line = f":{node.start_mark.line + 1}" if node.start_mark is not None else ""
+        return ValueError(f"{self.source}{line}: {message}")
+
+    def read(self, node: yaml.Node, kind: Any, where: str) -> Any:  # noqa: ANN401
+        origin = typing.get_origin(kind)
+        if dataclasses.is_dataclass(kind):
+            return self._dataclass(node, cast(type, kind), where)
+        if origin in (types.UnionType, typing.Union):
+            return self._union(node, typing.get_args(kind), where)
+        if origin is tuple:
+            return self._tuple(node, typing.get_args(kind), where)
+        if origin is dict:
+            item = typing.get_args(kind)[1]
+            pairs = self._pairs(node, where)
+            return {key: self.read(n, item, f"{where}.{key}") for key, _, n in pairs}
+        if origin is typing.Literal:
+            value = self._scalar(node, str, where)
+            if value not in typing.get_args(kind):
+                known = ", ".join(map(str, typing.get_args(kind)))
+                raise self.error(node, f"{where}: expected one of {known}, got {value}")
+            return value
+        return self._scalar(node, kind, where)
+
+    def _pairs(self, node: yaml.Node, where: str) -> list[tuple[str, yaml.Node, yaml.Node]]:
+        if not isinstance(node, yaml.MappingNode):
+            raise self.error(node, f"{where or 'file'}: expected keys and values, got {_show(node)}")
+        pairs: list[tuple[str, yaml.Node, yaml.Node]] = []
+        for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise self.error(key, f"{where or 'file'}: expected a plain key, got {_show(key)}")
+            if any(key.value == seen for seen, _, _ in pairs):
+                raise self.error(key, f"duplicate key {_join(where, key.value)}")
+            pairs.append((key.value, key, value))
+        return pairs
+
+    def _dataclass(self, node: yaml.Node, cls: type, where: str) -> object:
+        hints = typing.get_type_hints(cls)
+        fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
+        values = {}
+        for key, key_node, value_node in self._pairs(node, where):
+            if key not in fields:
+                hint = nearest(key, fields)
+                raise self.error(key_node, f"unknown key {_join(where, key)}; {hint}")
+            values[key] = self.read(value_node, hints[key], _join(where, key))
+        for name, field in fields.items():
+            has_default = (
+                field.default is not dataclasses.MISSING
+                or field.default_factory is not dataclasses.MISSING
+            )
+            if name not in values and not has_default:
+                raise self.error(node, f"missing key {_join(where, name)}")
+        try:
+            return cls(**values)
+        except ValueError as error:
+            raise self.error(node, f"{where}: {error}" if where else str(error)) from None
+
+    def _union(self, node: yaml.Node, kinds: tuple[Any, ...], where: str) -> Any:  # noqa: ANN401
+        if node.tag == "tag:yaml.org,2002:null" and type(None) in kinds:
+            return None
+        others = [kind for kind in kinds if kind is not type(None)]
+        if len(others) == 1:
+            return self.read(node, others[0], where)
+        messages = []
+        for kind in others:
+            try:
+                return self.read(node, kind, where)
+            except ValueError as error:
+                messages.append(str(error))
+        raise ValueError(messages[-1])
+
+    def _tuple(self, node: yaml.Node, kinds: tuple[Any, ...], where: str) -> tuple[Any, ...]:
+        if not isinstance(node, yaml.SequenceNode):
+            raise self.error(node, f"{where}: expected a list, got {_show(node)}")
+        if len(kinds) == 2 and kinds[1] is Ellipsis:
+            kinds = (kinds[0],) * len(node.value)
+        if len(kinds) != len(node.value):
+            raise self.error(
+                node, f"{where}: expected {len(kinds)} values, got {len(node.value)}"
+            )
+        return tuple(
+            self.read(item, kind, f"{where}[{i}]")
+            for i, (item, kind) in enumerate(zip(node.value, kinds, strict=True))
+        )
+
+    def _scalar(self, node: yaml.Node, kind: type, where: str) -> Any:  # noqa: ANN401
+        expected = _TYPE_WORDS.get(kind, kind.__name__)
+        wrong = self.error(node, f"{where}: expected {expected}, got {_show(node)}")
+        if not isinstance(node, yaml.ScalarNode) or node.tag == "tag:yaml.org,2002:null":
+            raise wrong
+        if kind in (str, Path):
+            return kind(node.value)
+        if kind is float:
+            # PyYAML takes 1e-3 for text, so numbers are converted from their spelling.
+            try:
+                return float(node.value.replace("_", ""))
+            except ValueError:
+                raise wrong from None
+        if kind not in _SCALAR_TAGS:
+            raise TypeError(f"{where}: fields of type {kind} cannot be read from YAML")
+        if node.tag not in _SCALAR_TAGS[kind]:
+            raise wrong
+        return yaml.safe_load(node.value)
+
+
+def _join(where: str, key: str) -> str:
+    return f"{where}.{key}" if where else key
+
+
+def _show(node: yaml.Node) -> str:
+    if isinstance(node, yaml.ScalarNode):
+        return "nothing" if node.tag == "tag:yaml.org,2002:null" else repr(node.value)
+    return "a list" if isinstance(node, yaml.SequenceNode) else "keys and values"

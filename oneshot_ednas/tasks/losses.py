@@ -1,0 +1,192 @@
+"""Losses of the dense tasks, as pure functions.
+
+Invalid pixels are masked before any arithmetic, so that NaN, infinite or zero values under them
+reach neither the loss nor a gradient. A batch without a valid pixel has loss 0 and zero gradients.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+INVALID_LABEL = 255
+"""Class index of pixels that take no part in loss or metric."""
+
+_MIN_LENGTH = 1e-3
+# Shorter predicted normals are scaled as if they had this length: bounds the gradient near 0.
+
+
+def cross_entropy(
+    logits: Float[Tensor, "batch classes height width"],
+    target: Int64[Tensor, "batch height width"],
+    *,
+    ignore: int = INVALID_LABEL,
+) -> Float[Tensor, ""]:
+    """Mean cross entropy over the pixels that have a label, in nats.
+
+    Args:
+        logits: unnormalised class scores.
+        target: class indices in 0..classes-1, or `ignore`.
+        ignore: the label of pixels to leave out.
+
+    Returns:
+        Scalar mean loss; 0 when no pixel has a label.
+
+    Raises:
+        ValueError: if the shapes do not belong together.
+    """
+    if logits.ndim != 4 or (logits.shape[0], *logits.shape[2:]) != tuple(target.shape):
+        raise ValueError(
+            f"expected logits [batch, classes, height, width] and target [batch, height, width], "
+            f"got {tuple(logits.shape)} and {tuple(target.shape)}"
+        )
+    valid = target != ignore
+    # The softmax of a NaN logit has a NaN gradient even where the label is ignored.
+    known = torch.where(valid.unsqueeze(1), logits, 0)
+    total = F.cross_entropy(known, target, ignore_index=ignore, reduction="sum")
+    return total / valid.sum().clamp_min(1)
+
+
+def depth_l1(
+    pred: Float[Tensor, "batch 1 height width"],
+    target: Float[Tensor, "batch 1 height width"],
+    valid: Bool[Tensor, "batch 1 height width"],
+) -> Float[Tensor, ""]:
+    """Mean absolute depth error over valid pixels, in metres.
+
+    Args:
+        pred: predicted depth, in metres.
+        target: ground-truth depth, in metres; any value, even NaN, where not `valid`.
+        valid: True where the depth is known.
+
+    Returns:
+        Scalar mean error; 0 when no pixel is valid.
+
+    Raises:
+        ValueError: if the three shapes differ.
+    """
+    return _mean(_absolute_error(pred, target, valid), valid)
+
+
+def depth_relative(
+    pred: Float[Tensor, "batch 1 height width"],
+    target: Float[Tensor, "batch 1 height width"],
+    valid: Bool[Tensor, "batch 1 height width"],
+) -> Float[Tensor, ""]:
+    """Mean of |error| / depth over valid pixels, a fraction.
+
+    Args:
+        pred: predicted depth, in metres.
+        target: ground-truth depth, in metres; positive where `valid`, any value elsewhere.
+        valid: True where the depth is known.
+
+    Returns:
+        Scalar mean relative error; 0 when no pixel is valid.
+
+    Raises:
+        ValueError: if the three shapes differ.
+    """
+    error = _absolute_error(pred, target, valid)
+    return _mean(error / torch.where(valid, target, 1), valid)
+
+
+def jared(
+    pred: Float[Tensor, "batch 1 height width"],
+    target: Float[Tensor, "batch 1 height width"],
+    valid: Bool[Tensor, "batch 1 height width"],
+    relative_weight: float,
+) -> Float[Tensor, ""]:
+    """Joint absolute-relative depth loss: mean |error| + weight * mean(|error| / depth).
+
+    Args:
+        pred: predicted depth, in metres.
+        target: ground-truth depth, in metres; positive where `valid`, any value elsewhere.
+        valid: True where the depth is known.
+        relative_weight: the paper's lambda, in metres; 0 gives `depth_l1`.
+
+    Returns:
+        Scalar loss; 0 when no pixel is valid.
+
+    Raises:
+        ValueError: if the three shapes differ.
+
+    Source:
+        Vu et al., Toward Edge-Efficient Dense Predictions with Synergistic Multi-Task Neural
+        Architecture Search, WACV 2023, eq. 8, https://arxiv.org/abs/2210.01384
+    """
+    error = _absolute_error(pred, target, valid)
+    return _mean(error + relative_weight * (error / torch.where(valid, target, 1)), valid)
+
+
+def inverse_cosine_similarity(
+    pred: Float[Tensor, "batch 3 height width"],
+    target: Float[Tensor, "batch 3 height width"],
+    valid: Bool[Tensor, "batch 1 height width"],
+) -> Float[Tensor, ""]:
+    """Mean of 1 - cos(angle between the vectors) over valid pixels, in 0..2.
+
+    Args:
+        pred: predicted normals, of any length; a zero vector counts as a right angle.
+        target: ground-truth normals, of any length but 0 where `valid`; any value elsewhere.
+        valid: True where the normal is known.
+
+    Returns:
+        Scalar mean; 0 when no pixel is valid.
+
+    Raises:
+        ValueError: if the shapes do not belong together.
+    """
+    if pred.shape != target.shape or (pred.shape[0], 1, *pred.shape[2:]) != tuple(valid.shape):
+        raise ValueError(
+            f"expected pred and target of one shape and valid with one channel, "
+            f"got {tuple(pred.shape)}, {tuple(target.shape)} and {tuple(valid.shape)}"
+        )
+    cosine = (
+        normalise(torch.where(valid, pred, 0)) * normalise(torch.where(valid, target, 0))
+    ).sum(dim=1, keepdim=True)
+    return _mean(torch.where(valid, 1 - cosine, 0), valid)
+
+
+def soft_cross_entropy(
+    student: Float[Tensor, "batch classes height width"],
+    teacher: Float[Tensor, "batch classes height width"],
+) -> Float[Tensor, ""]:
+    """Mean cross entropy of the student's class distribution under the teacher's, in nats.
+
+    Args:
+        student: logits that are trained.
+        teacher: logits to imitate; pass them detached if they should get no gradient.
+
+    Returns:
+        Scalar mean over pixels; at its least (the teacher's entropy) where both agree.
+
+    Raises:
+        ValueError: if the shapes differ.
+    """
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"expected student and teacher logits of one shape, "
+            f"got {tuple(student.shape)} and {tuple(teacher.shape)}"
+        )
+    return -(teacher.softmax(dim=1) * student.log_softmax(dim=1)).sum(dim=1).mean()
+
+
+def normalise(
+    vectors: Float[Tensor, "batch 3 height width"],
+) -> Float[Tensor, "batch 3 height width"]:
+    """Vectors of unit length; those shorter than 0.001 stay shorter, so gradients stay finite."""
+    return F.normalize(vectors, dim=1, eps=_MIN_LENGTH)
+
+
+def _absolute_error(pred: Tensor, target: Tensor, valid: Tensor) -> Tensor:
+    if not pred.shape == target.shape == valid.shape:
+        raise ValueError(
+            f"expected pred, target and valid of one shape, "
+            f"got {tuple(pred.shape)}, {tuple(target.shape)} and {tuple(valid.shape)}"
+        )
+    # Two masks, not one over the difference: an infinite operand would leave a NaN gradient.
+    return (torch.where(valid, pred, 0) - torch.where(valid, target, 0)).abs()
+
+
+def _mean(values: Tensor, valid: Tensor) -> Tensor:
+    return values.sum() / valid.sum().clamp_min(1)
