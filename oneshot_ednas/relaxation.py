@@ -120,6 +120,25 @@ class ArchitectureParameters(nn.Module):
             soft = one_hot + (soft - soft.detach())
         return self._split(soft)
 
+    def log_probability(self, architecture: Architecture) -> Float[Tensor, ""]:
+        """Log of the probability of an architecture under softmax(alpha), with gradient.
+
+        Raises:
+            ValueError: if the architecture is not in the space.
+        """
+        indices = torch.tensor(self.space.encode(architecture), device=self.logits.device)
+        log_p = self.padded_logits().log_softmax(1)
+        return log_p.gather(1, indices.view(-1, 1)).sum()
+
+    def log_probabilities(self) -> Gates:
+        """log softmax(alpha) per choice in float64, without gradient."""
+        rows = self.padded_logits().detach().double().cpu().log_softmax(1)
+        # The constant gate of a decision without a choice is 1; its log is 0.
+        return tuple(
+            BlockGates(*(v.log() if v.numel() == 1 else v for v in block))
+            for block in self._split(rows)
+        )
+
     def argmax(self) -> Architecture:
         """The most probable architecture, whatever it costs (see `derive` for a budget)."""
         indices = self.padded_logits().argmax(1).tolist()

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import jaxtyping
 import numpy as np
@@ -228,7 +229,7 @@ def test_laws_of_the_normals_loss(seed: int, scale: float) -> None:
     assert 0 <= loss.item() <= 2
     torch.testing.assert_close(inverse_cosine_similarity(pred * scale, target, valid), loss)
     opposite = inverse_cosine_similarity(-pred, target, valid)
-    torch.testing.assert_close(loss + opposite, torch.full_like(loss, 2.0 * valid.any()))
+    torch.testing.assert_close(loss + opposite, torch.full_like(loss, 2.0 * float(valid.any())))
 
 
 def test_normalised_vectors_have_unit_length() -> None:
@@ -245,7 +246,7 @@ def test_shapes_that_do_not_belong_together_are_refused() -> None:
         (pred, target[..., :1], valid),
         (pred, target, valid[:1]),
     ):
-        for loss in (depth_l1, depth_relative, lambda *maps: jared(*maps, 0.1)):
+        for loss in (depth_l1, depth_relative, partial(jared, relative_weight=0.1)):
             with pytest.raises(
                 ValueError, match="expected pred, target and valid of one shape, got"
             ):

@@ -264,7 +264,7 @@ def test_check_labels_names_place_label_and_classes() -> None:
         ValueError, match=r"val: label 5 in 1 pixels; expected 0\.\.4 for 5 classes"
     ):
         check_labels(good, 5, "val")
-    with pytest.raises(ValueError, match="a.npy: label -1 in 1 pixels"):
+    with pytest.raises(ValueError, match=r"a\.npy: label -1 in 1 pixels"):
         check_labels(np.array([0, -1]), 5, "a.npy")
     with pytest.raises(ValueError, match="val: expected integer class indices, got float32"):
         check_labels(good.astype(np.float32), 6, "val")

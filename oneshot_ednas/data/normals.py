@@ -55,7 +55,7 @@ def normals_from_depth(
     groups = _groups(valid, labels)
     gu, gv, centre, usable = _fit_planes(inverse, groups, window // 2)
 
-    rows, columns = np.indices(depth.shape, sparse=True)
+    rows, columns = np.arange(depth.shape[0])[:, None], np.arange(depth.shape[1])
     normal = np.stack([gu * fx, gv * fy, centre - gu * (columns - cx) - gv * (rows - cy)], axis=-1)
     length = np.sqrt(np.einsum("hwc,hwc->hw", normal, normal))
     usable &= length > 0
@@ -63,9 +63,7 @@ def normals_from_depth(
     return (normal * scale[..., None]).astype(np.float32)
 
 
-def _groups(
-    valid: np.ndarray, labels: np.ndarray | None
-) -> Integer[np.ndarray, "height width"]:
+def _groups(valid: np.ndarray, labels: np.ndarray | None) -> Integer[np.ndarray, "height width"]:
     """Group of each pixel; only pixels of one group are fitted together. -1 is no group."""
     if labels is None:
         return np.where(valid, 0, -1).astype(np.int16)

@@ -10,40 +10,35 @@ import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, UInt8
 
 RENDERER_VERSION = 1
 """Part of every seed; raise it when a change alters any frame."""
 SPLITS = ("train", "val", "test")
 CLASSES = tuple("road sidewalk building pole vegetation sky car person grass sign".split())
-ROAD, SIDEWALK, BUILDING, POLE, VEGETATION, SKY, CAR, PERSON, GRASS, SIGN = range(10)
-PALETTE = np.array(
-    [0x804080, 0xE878DC, 0x5A5A64, 0xBEBE96, 0x287828, 0x64AADC, 0x1E28AA, 0xDC283C, 0x96E682]
-    + [0xF0D214],
-    dtype=">u4",
-).view(np.uint8).reshape(-1, 4)[:, 1:]  # fmt: skip
+ROAD, SIDEWALK, BUILDING, POLE, VEGETATION, SKY, CAR, PERSON, GRASS, SIGN = range(len(CLASSES))
+PALETTE = np.frombuffer(
+    bytes.fromhex("804080 e878dc 5a5a64 bebe96 287828 64aadc 1e28aa dc283c 96e682 f0d214"), np.uint8
+).reshape(-1, 3)
 """One RGB colour per class, for pictures of label maps."""
 MAX_DEPTH_M = 80.0
 """Farther surfaces keep their label and normal but have depth 0 (invalid)."""
 MIN_SIZE_PX = 16
-
-PLAIN, FACADE, LEAVES, PANEL, BODY, CABIN, PAVING, GROUND = range(8)  # textures
-BLOCK, BALL, TUBE = range(3)  # shapes; a block may taper, a tube is an open vertical cylinder
-# A solid fills -1..1 on each axis of its own frame; `top` is a block's width and length at its top
-# relative to its bottom.
+_GLASS, _PLAIN = 10, 11  # textures besides the classes' own
+_BLOCK, _BALL, _TUBE = range(3)  # shapes: a block may taper, a tube is an open upright cylinder
+_COLOURS = {  # linear reflectances of the classes that have typical ones; the rest may have any
+    VEGETATION: ((0.05, 0.13, 0.03), (0.09, 0.2, 0.04), (0.2, 0.22, 0.05), (0.35, 0.16, 0.04)),
+    POLE: ((0.25, 0.26, 0.27), (0.05, 0.06, 0.06), (0.05, 0.12, 0.08), (0.22, 0.14, 0.08)),
+    SIGN: ((0.6, 0.04, 0.04), (0.03, 0.1, 0.5), (0.7, 0.5, 0.03), (0.02, 0.3, 0.1), (0.7,) * 3),
+    PERSON: ((0.6, 0.38, 0.27), (0.4, 0.22, 0.13), (0.2, 0.1, 0.06), (0.7, 0.5, 0.4)),
+}
+# `half` is half the size in metres; `top` is a block's width and length at its top, relative to
+# its bottom. A solid fills -1..1 on each axis of its own frame.
 _SOLID = np.dtype(
-    [("label", "i8"), ("center", "f8", 3), ("half", "f8", 3), ("yaw", "f8"), ("colour", "f8", 3)]
-    + [("texture", "i8"), ("shape", "i8"), ("top", "f8", 2), ("seed", "i8")]
+    [("label", int), ("center", float, 3), ("half", float, 3), ("yaw", float), ("texture", int)]
+    + [("colour", float, 3), ("shape", int), ("top", float, 2), ("seed", int)]  # noqa: RUF005
 )
-# Linear reflectances. Only these things have typical colours; all others may have any.
-_LEAVES = ((0.05, 0.13, 0.03), (0.09, 0.2, 0.04), (0.2, 0.22, 0.05), (0.35, 0.16, 0.04))
-_POLES = ((0.25, 0.26, 0.27), (0.05, 0.06, 0.06), (0.05, 0.12, 0.08), (0.22, 0.14, 0.08))
-_SIGNS = ((0.6, 0.04, 0.04), (0.03, 0.1, 0.5), (0.7, 0.5, 0.03), (0.02, 0.3, 0.1), (0.7, 0.7, 0.7))
-_SKINS = ((0.6, 0.38, 0.27), (0.4, 0.22, 0.13), (0.2, 0.1, 0.06), (0.7, 0.5, 0.4))
-_BARK, _TYRE = (0.13, 0.09, 0.06), (0.02, 0.02, 0.02)
-
-_Pose = tuple[float, float, float]  # x, z in metres and yaw in radians
-_Colour = Sequence[float] | np.ndarray
+_Pose = tuple[float, float, float]  # x and z in metres, yaw in radians
+_Vector = Sequence[float] | np.ndarray
 
 
 class _Street:
@@ -51,18 +46,17 @@ class _Street:
 
     def __init__(self, rng: np.random.Generator) -> None:
         self.rng, self.rows = rng, list[tuple]()
-        self.road_half = rng.uniform(4.2, 7.0)
-        self.walk = rng.uniform(1.6, 3.5)
+        self.road_half, self.walk = rng.uniform((4.2, 2.0), (7.0, 4.5))
+        self.lane = self.road_half / round(self.road_half / 3.3)
         self.cross_near = rng.uniform(12, 45) if rng.random() < 0.5 else 200.0
         self.cross_far = self.cross_near + rng.uniform(6, 10)
-        self.lane = self.road_half / round(self.road_half / 3.3)
         self.traffic_side = rng.choice((-1, 1))
-        self._add(GRASS, (0, 0, 0), (1200, 1, 1200), bottom=-1, texture=GROUND)
+        self._add(GRASS, (0, 0, 0), (1200, 1, 1200), -1)
         paving = rng.uniform(0.12, 0.45) * rng.uniform(0.85, 1.1, 3)
         for side in (-1, 1):
             for near, far in ((-20, self.cross_near), (self.cross_far, 250)):
                 pose = (side * (self.road_half + self.walk / 2), (near + far) / 2, 0)
-                self._add(SIDEWALK, pose, (self.walk, 0.14, far - near), 0, paving, PAVING)
+                self._add(SIDEWALK, pose, (self.walk, 0.14, far - near), 0, paving)
             self._buildings(side)
             self._kerbside(side)
             self._cars(side)
@@ -71,68 +65,63 @@ class _Street:
             x = on_walk if rng.random() < 0.75 else rng.uniform(0, self.road_half)
             self._person((x * rng.choice((-1, 1)), rng.uniform(5, 28), rng.uniform(-3, 3)))
         for x in rng.uniform(-60, 60, rng.integers(3, 9)):  # a skyline, beyond MAX_DEPTH_M
-            size = rng.uniform((8, 3, 8), (30, 30, 30))
-            self._add(BUILDING, (x, rng.uniform(100, 160), 0), size, texture=FACADE)
+            self._add(BUILDING, (x, rng.uniform(100, 160), 0), rng.uniform((8, 3, 8), 30))
 
     def _add(
         self,
         label: int,
         pose: _Pose,
-        size: Sequence[float] | np.ndarray,
+        size: _Vector,
         bottom: float = 0.0,
-        colour: _Colour | None = None,
-        texture: int = PLAIN,
-        shape: int = BLOCK,
+        colour: _Vector | None = None,
+        shape: int = _BLOCK,
         *,
-        shift: tuple[float, float] = (0.0, 0.0),
-        top: tuple[float, float] = (1.0, 1.0),
+        shift: _Vector = (0.0, 0.0),
+        top: _Vector = (1.0, 1.0),
+        texture: int | None = None,
     ) -> None:
         """Adds a solid of a size in metres, shifted (right, ahead) in the frame of its pose."""
-        x, z, yaw = pose
-        x += math.cos(yaw) * shift[0] + math.sin(yaw) * shift[1]
-        z += math.cos(yaw) * shift[1] - math.sin(yaw) * shift[0]
-        half, seed = np.array(size) / 2, self.rng.integers(1 << 20)
-        paint = self._paint() if colour is None else colour
-        center = (x, -bottom - half[1], z)
-        self.rows.append((label, center, half, yaw, paint, texture, shape, top, seed))
+        cos, sin, half = math.cos(pose[2]), math.sin(pose[2]), np.array(size) / 2
+        x, z = pose[0] + cos * shift[0] + sin * shift[1], pose[1] + cos * shift[1] - sin * shift[0]
+        colour = self._colour(label) if colour is None else colour
+        look = (label if texture is None else texture, colour, shape, top)
+        center, seed = (x, -bottom - half[1], z), self.rng.integers(1 << 20)
+        self.rows.append((label, center, half, pose[2], *look, seed))
 
-    def _paint(self) -> Float[np.ndarray, " 3"]:
-        """Any colour, mostly dull: few classes own a hue."""
+    def _colour(self, label: int) -> np.ndarray:
+        if label in _COLOURS:
+            return self.rng.choice(_COLOURS[label]) * self.rng.uniform(0.7, 1.3, 3)
         tint = 1 - self.rng.uniform(0, 1) ** 2 * self.rng.uniform(0, 1, 3)
         return self.rng.uniform(0.03, 0.75) * tint
 
-    def _pick(self, colours: Sequence[_Colour]) -> Float[np.ndarray, " 3"]:
-        return np.array(colours[self.rng.integers(len(colours))]) * self.rng.uniform(0.7, 1.3, 3)
-
     def _spots(self, start: float, low: float, high: float) -> Iterator[tuple[float, float]]:
         """Yields the near end and length of places along the street, none on the crossing."""
-        z = start
-        while z < 85:
+        while start < 85:
             length = self.rng.uniform(low, high)
-            if z > self.cross_far or z + length < self.cross_near:
-                yield z, length
-            z += length
+            if start > self.cross_far or start + length < self.cross_near:
+                yield start, length
+            start += length
 
     def _buildings(self, side: int) -> None:
-        rng, edge = self.rng, self.road_half + self.walk
-        setback, tallest = rng.uniform(0, 1) ** 2 * 7, rng.uniform(5, 24)
+        rng, setback = self.rng, self.rng.uniform(0, 1) ** 2 * 7
+        tallest, edge = rng.uniform(5, 24), side * (self.road_half + self.walk)
         for z, length in self._spots(rng.uniform(-9, -3), 6, 17):
-            pose = (side * (edge + setback + rng.uniform(4.5, 5.3)), z + length / 2, 0.0)
+            pose = (edge + side * (setback + rng.uniform(4.5, 5.3)), z + length / 2, 0.0)
             if setback > 3 and rng.random() < 0.5:
-                hedge, colour = (0.8, rng.uniform(0.7, 1.7), length * 0.9), self._pick(_LEAVES)
-                self._add(VEGETATION, (side * (edge + 0.8), *pose[1:]), hedge, 0, colour, LEAVES)
+                hedge = (0.8, rng.uniform(0.7, 1.7), length * 0.9)
+                self._add(VEGETATION, (edge + side * 0.8, *pose[1:]), hedge)
             if rng.random() < 0.2:
-                self._tree((pose[0], z + rng.uniform(1, length), 0))
+                self._tree(pose)
                 continue
             height, width = rng.uniform(0.45, 1) * tallest, length * rng.choice((0.7, 0.98, 0.98))
-            self._add(BUILDING, pose, (9, height, width), texture=FACADE)
+            self._add(BUILDING, pose, (9, height, width))
             if height < 9:
                 eaves, ridge = (9.8, rng.uniform(1.5, 3.5), width), (0.02, rng.uniform(0.5, 1))
                 self._add(BUILDING, pose, eaves, height, top=ridge)
             if rng.random() < 0.5:  # a sign that hangs out from the wall, or lies flat on it
                 board = ((0.9, 0.9, 0.12), (0.2, 0.8, width * 0.5))[rng.integers(2)]
-                shift, low = (-side * (4.5 + board[0] / 2), 0), rng.uniform(2.6, 3.4)
-                self._add(SIGN, pose, board, low, self._pick(_SIGNS), PANEL, shift=shift)
+                shift = (-side * (4.5 + board[0] / 2), 0.0)
+                self._add(SIGN, pose, board, rng.uniform(2.6, 3.4), shift=shift)
 
     def _kerbside(self, side: int) -> None:
         rng, tree_share = self.rng, self.rng.uniform(0, 0.7)
@@ -141,29 +130,29 @@ class _Street:
             if rng.random() < tree_share:
                 self._tree(pose)
                 continue
-            colour, kind, thick = self._pick(_POLES), rng.random(), rng.uniform(0.1, 0.24)
+            colour, kind, thick = self._colour(POLE), rng.random(), rng.uniform(0.1, 0.24)
             height = 1.0 if kind < 0.15 else rng.uniform(2.4, 3.6)  # a bollard or a traffic sign
             if kind > 0.65:  # a lamp
-                height, reach = rng.uniform(5, 8), -side * rng.uniform(0.8, 2.2)
-                self._add(POLE, pose, (abs(reach), 0.1, 0.1), height, colour, shift=(reach / 2, 0))
-                self._add(POLE, pose, (0.7, 0.16, 0.3), height - 0.1, shift=(reach, 0))
+                height, reach = rng.uniform(5, 8), rng.uniform(0.8, 2.2)
+                arm, shift = (reach, 0.14, 0.2), (-side * reach / 2, 0.0)
+                self._add(POLE, pose, arm, height, colour, shift=shift)
             elif kind > 0.15:
-                size = rng.uniform((0.6, 0.6, 0.08), (1.1, 1.3, 0.08))
-                shape, paint, shift = rng.integers(2), self._pick(_SIGNS), (0.0, -thick)
-                self._add(SIGN, pose, size, height - size[1], paint, PANEL, shape, shift=shift)
-            self._add(POLE, pose, (thick, height, thick), 0, colour, PLAIN, TUBE)
+                plate, shape = rng.uniform((0.6, 0.6, 0.08), (1.1, 1.3, 0.08)), rng.integers(2)
+                self._add(SIGN, pose, plate, height - plate[1], None, shape, shift=(0, -thick))
+            self._add(POLE, pose, (thick, height, thick), 0, colour, _TUBE)
 
     def _tree(self, pose: _Pose) -> None:
-        rng, trunk, spread = self.rng, self.rng.uniform(1.8, 3.2), self.rng.uniform(1.3, 2.2)
-        leaves, thick = self._pick(_LEAVES), spread / 6
-        self._add(VEGETATION, pose, (thick, trunk + 0.8, thick), 0, _BARK, PLAIN, TUBE)
+        rng, leaves = self.rng, self._colour(VEGETATION)
+        trunk, spread = rng.uniform((1.8, 1.3), (3.2, 2.2))
+        wood = (spread / 6, trunk + 0.8, spread / 6)
+        self._add(VEGETATION, pose, wood, 0, (0.13, 0.09, 0.06), _TUBE)
         for level in range(rng.integers(3, 7)):
-            size, shift = spread * rng.uniform(0.8, 1.5, 3), tuple(rng.normal(0, spread / 4, 2))
+            crown, shift = spread * rng.uniform(0.8, 1.5, 3), rng.normal(0, spread / 4, 2)
             bottom = trunk + level * spread * 0.3
-            self._add(VEGETATION, pose, size, bottom, leaves, LEAVES, BALL, shift=shift)
+            self._add(VEGETATION, pose, crown, bottom, leaves, _BALL, shift=shift)
 
     def _cars(self, side: int) -> None:
-        rng, parked_share = self.rng, self.rng.uniform(0, 0.9)
+        rng, parked_share = self.rng, self.rng.uniform(0, 0.8)
         x, heading = side * (self.road_half - 1.05), math.pi * (side != self.traffic_side)
         for z, _ in self._spots(rng.uniform(3, 8), 5.8, 8):
             if rng.random() < parked_share:
@@ -171,204 +160,202 @@ class _Street:
         for z, _ in self._spots(rng.uniform(8, 30), 9, 40):
             driving = side * min(self.lane / 2, self.road_half - 3.2)
             self._car((driving, z, rng.normal(heading, 0.04)))
-        if self.cross_near < 60 and rng.random() < 0.4:  # from a side street
-            z = (self.cross_near + self.cross_far) / 2
-            self._car((side * rng.uniform(3, 9), z + 1.6 * side, side * math.pi / 2))
 
     def _car(self, pose: _Pose) -> None:
-        rng, paint = self.rng, self._paint()
+        rng, paint = self.rng, self._colour(CAR)
         width, low, length = rng.uniform((1.65, 0.6, 3.7), (1.9, 0.8, 4.7))
         cabin, ahead, top = length * rng.uniform(0.45, 0.7), -0.2, (0.8, rng.uniform(0.5, 0.8))
         if rng.random() < 0.15:  # a van: a short cabin and a box behind it
             cabin, ahead, top = length * 0.33, length * 0.3, (0.9, 0.7)
-            box, shift = (width, rng.uniform(1.5, 2.2), length * 0.65), (0, -length * 0.17)
-            self._add(CAR, pose, box, 0.4, texture=BODY, shift=shift)
-        self._add(CAR, pose, (width, low, length), 0.22, paint, BODY, top=(0.94, 0.96))
-        glass, bottom = (width * 0.92, rng.uniform(0.5, 0.7), cabin), 0.22 + low
-        self._add(CAR, pose, glass, bottom, paint, CABIN, shift=(0, ahead), top=top)
-        for shift in ((-0.46, -0.3), (0.46, -0.3), (-0.46, 0.31), (0.46, 0.31)):
-            place = (shift[0] * width, shift[1] * length)
-            self._add(CAR, pose, (0.24, 0.64, 0.64), 0, _TYRE, PLAIN, BALL, shift=place)
+            box = (width, rng.uniform(1.5, 2.2), length * 0.65)
+            self._add(CAR, pose, box, 0.4, shift=(0, -length * 0.17))
+        self._add(CAR, pose, (width, low, length), 0.22, paint, top=(0.94, 0.96))
+        roof, shift = (width * 0.92, rng.uniform(0.5, 0.7), cabin), (0.0, ahead)
+        self._add(CAR, pose, roof, 0.22 + low, paint, texture=_GLASS, shift=shift, top=top)
+        for right, front in ((-0.46, -0.3), (0.46, -0.3), (-0.46, 0.31), (0.46, 0.31)):
+            wheel, shift = (0.24, 0.64, 0.64), (right * width, front * length)
+            self._add(CAR, pose, wheel, 0, (0.02,) * 3, _BALL, texture=_PLAIN, shift=shift)
 
     def _person(self, pose: _Pose) -> None:
-        rng, tall, stride = self.rng, self.rng.uniform(1.15, 1.9), self.rng.uniform(0, 0.2)
-        coat, trousers, skin = self._paint(), self._paint(), self._pick(_SKINS)
+        coat, trousers = self._colour(CAR), self._colour(CAR)
+        tall, stride = self.rng.uniform((1.15, 0.0), (1.9, 0.2))
         for side in (-1, 1):
             leg, arm = (side * 0.1, side * stride), (side * 0.26, -side * stride)
-            size = (0.14, tall * 0.38, 0.16)
-            self._add(PERSON, pose, (0.17, tall / 2, 0.2), 0, trousers, PLAIN, TUBE, shift=leg)
-            self._add(PERSON, pose, size, tall * 0.44, coat, PLAIN, BALL, shift=arm)
-        self._add(PERSON, pose, (0.48, tall * 0.46, 0.32), tall * 0.42, coat, PLAIN, BALL)
-        self._add(PERSON, pose, (0.22, 0.27, 0.24), tall - 0.27, skin, PLAIN, BALL)
+            sleeve = (0.14, tall * 0.38, 0.16)
+            self._add(PERSON, pose, (0.17, tall / 2, 0.2), 0, trousers, _TUBE, shift=leg)
+            self._add(PERSON, pose, sleeve, tall * 0.44, coat, _BALL, shift=arm)
+        self._add(PERSON, pose, (0.48, tall * 0.46, 0.32), tall * 0.42, coat, _BALL)
+        self._add(PERSON, pose, (0.22, 0.27, 0.24), tall - 0.27, None, _BALL)
 
 
 class _Solids:
     """The solids of a street as arrays; row 0 is the ground."""
 
     def __init__(self, rows: Sequence[tuple]) -> None:
-        table = np.array(rows, dtype=_SOLID)
-        self.center, self.half, self.colour = table["center"], table["half"], table["colour"]
-        self.label, self.texture, self.seed = table["label"], table["texture"], table["seed"]
-        self.shape = table["shape"]
-        turn = np.zeros((len(table), 3, 3))  # world axes to the solid's axes
-        turn[:, 0, 0] = turn[:, 2, 2] = np.cos(table["yaw"])
-        turn[:, 2, 0] = np.sin(table["yaw"])
-        turn[:, 0, 2], turn[:, 1, 1] = -turn[:, 2, 0], 1
-        self.to_local = turn / self.half[:, :, None]
-        signs = np.stack(np.meshgrid((-1, 1), (-1, 1), (-1, 1)), -1).reshape(8, 3)
-        self.corners = self.center[:, None] + (signs * self.half[:, None]) @ turn
-        self.faces = np.zeros((len(table), 6, 4))  # outward normal and offset, in local axes
-        self.faces[:, :, :3] = np.repeat(np.eye(3), 2, 0) * np.tile([[1.0], [-1.0]], (3, 1))
-        self.faces[:, 0:2, 1] = (table["top"][:, :1] - 1) / 2
-        self.faces[:, 4:6, 1] = (table["top"][:, 1:] - 1) / 2
-        self.faces[:, :, 3] = 1 + self.faces[:, :, 1] * (np.arange(6) // 2 != 1)
+        self.table = table = np.array(rows, dtype=_SOLID)
+        cos, sin, zero = np.cos(table["yaw"]), np.sin(table["yaw"]), 0 * table["yaw"]
+        turn = np.stack((cos, zero, -sin, zero, zero + 1, zero, sin, zero, cos), 1)
+        self.turn = turn.reshape(-1, 3, 3)  # world axes to the solid's
+        self.to_local = self.turn / table["half"][:, :, None]
+        signs = np.array(list(np.ndindex(2, 2, 2))) * 2 - 1
+        self.corners = table["center"][:, None] + (signs * table["half"][:, None]) @ self.turn
+        self.faces = np.concatenate((np.eye(3), -np.eye(3))) + np.zeros((len(rows), 1, 1))
+        self.faces[:, [0, 3, 2, 5], 1] = np.repeat(table["top"] - 1, 2, 1) / 2  # outward normals
+        self.reach = 1 + self.faces[:, :, 1] * (self.faces[:, :, 1] > -1) * 1.0
 
-    def hit(self, k: int, origin: np.ndarray, direction: np.ndarray) -> Float[np.ndarray, "..."]:
+    def hit(self, k: int, origin: np.ndarray, direction: np.ndarray) -> np.ndarray:
         """Distance to solid `k`, in units of `direction`; inf for a miss or a start inside it."""
-        offset = origin - self.center[k].reshape(3, *[1] * (origin.ndim - 1))
-        start = np.einsum("ij,j...->i...", self.to_local[k], offset)
-        step = np.einsum("ij,j...->i...", self.to_local[k], direction)
-        if self.shape[k] == BLOCK:
-            normal = self.faces[k, :, :3]
-            gap = -np.einsum("ij,j...->i...", normal, start)
-            gap += self.faces[k, :, 3].reshape(6, *[1] * (gap.ndim - 1))
-            speed = np.einsum("ij,j...->i...", normal, step)
+        start = self.to_local[k] @ (origin - self.table["center"][k][:, None])
+        step = self.to_local[k] @ direction
+        if self.table["shape"][k] == _BLOCK:
+            speed = self.faces[k] @ step
             speed = np.where(np.abs(speed) < 1e-12, 1e-12, speed)
-            reach = gap / speed
+            reach = (self.reach[k][:, None] - self.faces[k] @ start) / speed
             enter = np.where(speed < 0, reach, -np.inf).max(0)
-            leave = np.where(speed > 0, reach, np.inf).min(0)
-            return np.where((enter < leave) & (enter > 1e-6), enter, np.inf)
-        weight = np.array([1.0, self.shape[k] == BALL, 1.0])
-        a = np.maximum(np.einsum("i,i...->...", weight, step * step), 1e-12)
-        b = np.einsum("i,i...->...", weight, start * step)
-        root = b * b - a * (np.einsum("i,i...->...", weight, start * start) - 1)
-        enter = (-b - np.sqrt(np.maximum(root, 0))) / a
-        point = start + enter * step
-        found = (root > 0) & (enter > 1e-6) & (np.abs(point[1]) < 1 + 1e-9)
-        if self.texture[k] == LEAVES:  # ragged: rays that graze the crown may pass
-            ragged = _noise(4 * point[0] + 3 * point[2], 5 * point[1], self.seed[k])
-            found &= root > a * ragged * 0.6
-        return np.where(found, enter, np.inf)
+            found = enter < np.where(speed > 0, reach, np.inf).min(0)
+        else:
+            weight = np.array((1.0, self.table["shape"][k] == _BALL, 1.0))
+            a, b = np.maximum(weight @ step**2, 1e-12), weight @ (start * step)
+            root = b * b - a * (weight @ start**2 - 1)
+            enter = (-b - np.sqrt(np.maximum(root, 0))) / a
+            x, y, z = start + enter * step
+            found = (root > 0) & (np.abs(y) < 1 + 1e-9)
+            if self.table["label"][k] == VEGETATION:  # ragged: rays that graze a crown may pass
+                found &= root > a * 0.5 * _noise(7 * x + 5 * z, 9 * y, self.table["seed"][k])
+        return np.where(found & (enter > 1e-6), enter, np.inf)
+
+    def surface(self, which: np.ndarray, point: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Position (-1..1) and unit normal in the solids' frames, and the unit normal in the world."""
+        half, shape = self.table["half"][which].T, self.table["shape"][which]
+        local = point - self.table["center"][which].T
+        local = np.einsum("nij,jn->in", self.to_local[which], local)
+        depth = np.einsum("nfj,jn->fn", self.faces[which], local) - self.reach[which].T
+        normal = np.where(shape == _BLOCK, self.faces[which, depth.argmax(0)].T, local)
+        normal[1, shape == _TUBE] = 0
+        normal /= half
+        normal /= np.sqrt((normal**2).sum(0))
+        return local, normal, np.einsum("nji,jn->in", self.turn[which], normal)
 
 
-def _noise(x: np.ndarray, y: np.ndarray, seed: np.ndarray | int) -> Float[np.ndarray, "..."]:
-    """Smooth random values in 0..1, one per point, with a unit lattice."""
-    left, top = np.floor(x), np.floor(y)
-    right, down = x - left, y - top
-    right, down = right * right * (3 - 2 * right), down * down * (3 - 2 * down)
-    upper = _hash(left, top, seed) * (1 - right) + _hash(left + 1, top, seed) * right
-    lower = _hash(left, top + 1, seed) * (1 - right) + _hash(left + 1, top + 1, seed) * right
-    return upper * (1 - down) + lower * down
-
-
-def _hash(x: np.ndarray, y: np.ndarray, seed: np.ndarray | int) -> Float[np.ndarray, "..."]:
-    """A value in 0..1 for each pair of whole numbers, by an integer hash (exact everywhere)."""
-    key = (np.asarray(x, np.int64) * 0x9E3779B1 + np.asarray(y, np.int64) * 0x85EBCA77) & 0xFFFFFFFF
-    key = (key + seed * 0xC2B2AE3D) & 0xFFFFFFFF
-    key = ((key ^ (key >> 15)) * 0x2C1B3C6D) & 0xFFFFFFFF
-    key = ((key ^ (key >> 12)) * 0x297A2D39) & 0xFFFFFFFF
-    return (key ^ (key >> 15)) / 2.0**32
+def _candidates(
+    spot: np.ndarray, low: np.ndarray, high: np.ndarray
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Yields each solid and the spots [2, n] that lie in its bounds (low, high [solids, 2])."""
+    order = np.argsort(spot[0])
+    first, last = (np.searchsorted(spot[0, order], edge[:, 0]) for edge in (low, high))
+    for k in range(len(low)):
+        near = order[first[k] : last[k]]
+        near = near[(spot[1, near] > low[k, 1]) & (spot[1, near] < high[k, 1])]
+        if near.size:
+            yield k, near
 
 
 def _first_hits(
-    solids: _Solids, eye: np.ndarray, turn: np.ndarray, rays: Float[np.ndarray, "3 height width"]
-) -> tuple[Float[np.ndarray, "height width"], Int[np.ndarray, "height width"]]:
-    """The z-depth (inf for none) and the index of the first solid on each ray (-1 for none).
-
-    A solid is tested only at the pixels that its bounding box covers, nearest solids first.
-    """
-    height, width = rays.shape[1:]
-    focal, *middle = intrinsics(height, width)
-    corners = (solids.corners - eye) @ turn
-    nearest = corners[:, :, 2].min(1)
-    pixel = corners[:, :, :2] / np.maximum(corners[:, :, 2:], 0.1) * focal + np.array(middle)
-    crosses = (nearest < 0.1)[:, None]  # bounding boxes that reach behind the camera
-    low = np.where(crosses, 0, np.clip(np.floor(pixel.min(1) - 0.5), 0, (width, height)))
-    high = np.where(crosses, (width, height), np.clip(pixel.max(1) + 1.5, 0, (width, height)))
-    depth, solid = np.full((height, width), np.inf), np.full((height, width), -1)
-    for k in np.argsort(nearest):
-        window = tuple(slice(int(low[k, i]), int(high[k, i])) for i in (1, 0))
-        if depth[window].size and nearest[k] < depth[window].max():
-            reach = solids.hit(k, eye[:, None, None], rays[:, *window])
-            closer = reach < depth[window]
-            depth[window][closer] = reach[closer]
-            solid[window][closer] = k
-    return depth, solid
+    solids: _Solids, eye: np.ndarray, turn: np.ndarray, sight: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The z-depth (inf for none) and the index of the first solid on each ray (0 for none)."""
+    depth, which = np.full(sight.shape[1], np.inf), np.zeros(sight.shape[1], int)
+    corners, rays = (solids.corners - eye) @ turn, turn @ sight
+    seen = corners[:, :, :2] / np.maximum(corners[:, :, 2:], 0.1)
+    beside = np.where(corners[:, :, 2].min(1) < 0.1, np.inf, 0)[:, None]  # reaches behind us
+    for k, near in _candidates(sight[:2], seen.min(1) - beside, seen.max(1) + beside):
+        reach = solids.hit(k, eye[:, None], rays[:, near])
+        closer = reach < depth[near]
+        depth[near[closer]], which[near[closer]] = reach[closer], k
+    return depth, which
 
 
-def _sunlit(
-    solids: _Solids, points: Float[np.ndarray, "3 pixels"], sun: Float[np.ndarray, " 3"]
-) -> Bool[np.ndarray, " pixels"]:
-    """Whether the sun reaches each point. A solid is tested only near its outline, sun seen."""
+def _sunlit(solids: _Solids, points: np.ndarray, sun: np.ndarray) -> np.ndarray:
+    """Whether no solid stands between each point and the sun."""
     across = np.cross(sun, (0.0, 0.0, 1.0))
     plane = np.stack((across, np.cross(sun, across)))
-    spot, corners = plane @ points, solids.corners @ plane.T
-    low, high, order = corners.min(1), corners.max(1), np.argsort(spot[0])
-    first, last = (np.searchsorted(spot[0, order], edge[:, 0]) for edge in (low, high))
-    lit = np.ones(points.shape[1], bool)
-    for k in range(1, len(first)):  # the ground shades nothing
-        near = order[first[k] : last[k]]
-        near = near[lit[near] & (spot[1, near] > low[k, 1]) & (spot[1, near] < high[k, 1])]
-        if near.size:
-            lit[near] = np.isinf(solids.hit(k, points[:, near], sun[:, None]))
+    corners, lit = solids.corners @ plane.T, np.ones(points.shape[1], bool)
+    corners[0] = np.inf  # the ground shades nothing
+    for k, near in _candidates(plane @ points, corners.min(1), corners.max(1)):
+        lit[near] &= np.isinf(solids.hit(k, points[:, near], sun[:, None]))
     return lit
 
 
-def _reflectance(
-    solids: _Solids, which: np.ndarray, local: np.ndarray, facing: np.ndarray
-) -> Float[np.ndarray, "3 pixels"]:
-    """The textured colour of surfaces: local position (-1..1) and normal on solids `which`."""
-    seed, texture, metres = solids.seed[which], solids.texture[which], local * solids.half[which].T
+def _hash(x: np.ndarray, y: np.ndarray, seed: np.ndarray | int) -> np.ndarray:
+    """A value in 0..1 for each pair of whole numbers, from integer arithmetic."""
+    key = np.asarray(x, int) * 0x9E3779B1 + np.asarray(y, int) * 0x85EBCA77 + seed * 0xC2B2AE3D
+    for shift, factor in ((15, 0x2C1B3C6D), (12, 0x297A2D39)):
+        key &= 0xFFFFFFFF
+        key = (key ^ (key >> shift)) * factor
+    return ((key >> 7) & 0xFFFF) / 65535
+
+
+def _noise(x: np.ndarray, y: np.ndarray, seed: np.ndarray | int) -> np.ndarray:
+    """Smooth random values in 0..1 with a unit lattice."""
+    left, top = np.floor(x), np.floor(y)
+    s, t = (part * part * (3 - 2 * part) for part in (x - left, y - top))
+    upper = _hash(left, top, seed) * (1 - s) + _hash(left + 1, top, seed) * s
+    lower = _hash(left, top + 1, seed) * (1 - s) + _hash(left + 1, top + 1, seed) * s
+    return upper * (1 - t) + lower * t
+
+
+def _reflectance(table: np.ndarray, local: np.ndarray, facing: np.ndarray) -> np.ndarray:
+    """Textured colours where `local` and `facing` are position and normal on each table row."""
+    seed, texture, half = table["seed"], table["texture"], table["half"].T
     flat, sideways = np.abs(facing[1]) > 0.75, np.abs(facing[0]) > np.abs(facing[2])
-    u, across = (np.where(sideways & ~flat, part[2], part[0]) for part in (metres, local))
-    v = np.where(flat, metres[2], metres[1])
-    coarse, fine = _noise(u * 0.7, v * 0.7, seed), _noise(u * 9, v * 9, seed)
-    colour = solids.colour[which].T * (0.6 + 0.4 * coarse + 0.4 * fine)
-    colour = np.where(texture == LEAVES, colour * (0.3 + 1.4 * _noise(u * 5, v * 5, seed)), colour)
-    joint = ((u % 1.0 < 0.07) | (v % 1.0 < 0.07)) & (texture == PAVING)
-    lamp = (texture == BODY) & (np.abs(local[0]) > 0.55) & (np.abs(local[1]) < 0.5)
-    lamp &= np.abs(facing[2]) > 0.8
-    colour *= np.where(joint | (texture == BODY) & (local[1] > 0.6), 0.55, 1)
+    across = np.where(sideways & ~flat, local[2], local[0])
+    u = np.where(sideways & ~flat, local[2] * half[2], local[0] * half[0])
+    v = np.where(flat, local[2] * half[2], local[1] * half[1])
+    leafy = np.where(texture == VEGETATION, 1.4 * _noise(u * 5, v * 5, seed) - 0.6, 0)
+    colour = table["colour"].T * (
+        0.6 + 0.4 * _noise(u * 0.7, v * 0.7, seed) + 0.4 * _noise(u * 9, v * 9, seed) + leafy
+    )
+    joint = (texture == SIDEWALK) & ((u % 1.0 < 0.07) | (v % 1.0 < 0.07))
+    colour *= np.where(joint | ((texture == CAR) & (local[1] > 0.6)), 0.55, 1)
+    lamp = (texture == CAR) & (np.abs(local[0]) > 0.55) & (np.abs(local[1]) < 0.5)
     lamps = np.where(facing[2] < 0, [[0.5], [0.02], [0.02]], [[0.8], [0.8], [0.7]])
-    colour = np.where(lamp, lamps, colour)
-    pane = (texture == CABIN) & ~flat & (np.abs(across) < 0.86)
-    ink = np.where(solids.colour[which].sum(1) < 1.2, 0.75, 0.04)
+    colour = np.where(lamp & (np.abs(facing[2]) > 0.8), lamps, colour)
     rim = np.maximum(np.abs(across), np.abs(local[1])) > 0.8
     bar = (np.abs(local[1]) < 0.2) & (np.abs(across) < 0.6) & (seed % 2 == 0)
-    colour = np.where((texture == PANEL) & (rim | bar), ink, colour)
+    ink = np.where(table["colour"].sum(1) < 1.2, 0.75, 0.04)
+    colour = np.where((texture == SIGN) & (rim | bar), ink, colour)
     # Windows: a grid whose pitch and openings are each building's own.
-    kind = [_hash(seed, 0 * seed + i, 7) for i in range(5)]
-    column, storey = u / (1.5 + 2 * kind[0]), (solids.half[which, 1] - v) / (2.6 + kind[1])
-    window = np.abs(column % 1 - 0.5) < 0.15 + 0.25 * kind[2]
-    window &= (np.abs(storey % 1 - 0.55) < 0.15 + 0.22 * kind[3]) & ~flat & (texture == FACADE)
-    blind = _hash(np.floor(column), np.floor(storey), seed)
-    glass = np.array([[0.05], [0.06], [0.08]]) * (0.5 + 9 * (blind * kind[4]) ** 3)
-    return np.where(window | pane, glass * (0.8 + 0.6 * coarse), colour)
+    pitch, storey, wide, tall, shine = (_hash(seed, 0 * seed + i, 7) for i in range(5))
+    column, floor = u / (1.5 + 2 * pitch), (half[1] - v) / (2.6 + storey)
+    window = (texture == BUILDING) & (np.abs(column % 1 - 0.5) < 0.15 + 0.25 * wide)
+    window &= np.abs(floor % 1 - 0.55) < 0.15 + 0.22 * tall
+    pane = window | ((texture == _GLASS) & (np.abs(across) < 0.86))
+    blind = 0.5 + 9 * (shine * _hash(np.floor(column), np.floor(floor), seed)) ** 3
+    return np.where(pane & ~flat, np.array([[0.05], [0.06], [0.08]]) * blind, colour)
 
 
-def _paint_ground(street: _Street, rng: np.random.Generator, x: np.ndarray, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Whether ground points are road, and their colour."""
-    crossing = (z > street.cross_near) & (z < street.cross_far)
-    is_road = (np.abs(x) < street.road_half) | crossing
-    asphalt = rng.uniform(0.04, 0.2) * rng.uniform(0.9, 1.1, 3)
-    grass = np.array((0.12, 0.2, 0.05)) * rng.uniform(0.5, 1.5) + rng.uniform(0, 0.12) * np.array((1.0, 0.6, 0.1))
-    patch, grit = _noise(x * 0.4, z * 0.15, 1), _noise(x * 14, z * 14, 2)
-    tuft = _noise(x * 3, z * 3, 3)
-    road = asphalt[:, None] * (0.65 + 0.4 * patch + 0.35 * grit)
-    lane = street.lane
-    offset = np.abs((x + lane / 2) % lane - lane / 2)
-    dashed = (offset < 0.08) & ((z % 6 < 3) | (np.abs(x) < 0.1) & (patch.size > 0))
+def _ground(street: _Street, x: np.ndarray, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Whether points of the ground are road, and their colours."""
+    rng, beyond = street.rng, z - street.cross_near
+    fine, coarse = _noise(x * 12, z * 12, 1), _noise(x * 0.4, z * 0.15, 2)
+    on_street = np.abs(x) < street.road_half
+    lane = np.abs((x + street.lane / 2) % street.lane - street.lane / 2) < 0.08
     edge = np.abs(np.abs(x) - street.road_half + 0.25) < 0.06
-    ahead = street.cross_near - z
-    zebra = (ahead > 0.8) & (ahead < 3.6) & (x % 1.2 < 0.6)
-    paint = ((dashed | edge) & (ahead > 4) | (dashed | edge) & (z > street.cross_far) | zebra) & (np.abs(x) < street.road_half)
-    worn = paint & (grit * 0.5 + patch > rng.uniform(0.0, 0.7))
-    road = np.where(worn, rng.uniform(0.35, 0.7) * (0.8 + 0.4 * grit), road)
-    return is_road, np.where(is_road, road, grass[:, None] * (0.5 + 0.6 * tuft + 0.5 * grit))
+    zebra = (beyond > -3.6) & (beyond < -0.8) & (x % 1.2 < 0.6)
+    clear = (beyond < -4) | (z > street.cross_far)
+    paint = on_street & (zebra | (clear & (edge | (lane & (z % 6 < 3)))))
+    paint &= coarse + 0.5 * fine > rng.uniform(0, 0.7)  # worn
+    asphalt, white = rng.uniform((0.04, 0.35), (0.2, 0.7))[:, None] * rng.uniform(0.9, 1.1, (2, 3))
+    grass = rng.uniform((0.05, 0.1, 0.02), (0.25, 0.25, 0.08))
+    is_road = on_street | ((beyond > 0) & (z < street.cross_far))
+    colour = np.where(paint, white[:, None], np.where(is_road, asphalt[:, None], grass[:, None]))
+    return is_road, colour * (0.6 + 0.4 * coarse + 0.4 * fine)
+
+
+def _sky(
+    rng: np.random.Generator, way: np.ndarray, zenith: np.ndarray, haze: np.ndarray
+) -> np.ndarray:
+    """Colours of the sky and its clouds in the directions `way`."""
+    up, seed = np.maximum(-way[1], 0), int(rng.integers(1 << 20))
+    x, z = way[[0, 2]] / (up + 0.12)
+    cloud = 0.65 * _noise(1.3 * x, 1.3 * z, seed) + 0.35 * _noise(4 * x, 4 * z, seed)
+    cover = np.clip((cloud - rng.uniform(0.25, 0.9)) * 4, 0, 1) * np.minimum(1, up * 5)
+    clear = zenith[:, None] + (haze - zenith)[:, None] * (1 - np.minimum(up * 1.6, 1)) ** 2
+    return clear + (0.9 * haze[:, None] + 0.1 - clear) * cover
 
 
 def intrinsics(height: int, width: int) -> tuple[float, float, float]:
-    """Focal length and principal point (x, y) in pixels.
+    """Focal length and principal point (x, y) in pixels: both follow from the size alone.
 
     The pixel in row r and column c sees along ((c + .5 - x) / focal, (r + .5 - y) / focal, 1).
     """
@@ -378,78 +365,81 @@ def intrinsics(height: int, width: int) -> tuple[float, float, float]:
 def render_frame(
     index: int, *, height: int = 64, width: int = 128, split: str = "train"
 ) -> dict[str, np.ndarray]:
-    """x."""
-    rng = np.random.Generator(np.random.PCG64([RENDERER_VERSION, SPLITS.index(split), index]))
+    """One street as an image with exact ground truth, the same at every call.
+
+    Args:
+        index: number of the frame in its split, from 0; any size of split is possible.
+        height: rows of the frame; a scene keeps its field of view across sizes of one aspect.
+        width: columns of the frame.
+        split: one of `SPLITS`; no two splits share a scene.
+
+    Returns:
+        `image` uint8 [height, width, 3] RGB; `segmentation` uint8 [height, width], an index into
+        `CLASSES`; `depth` float32 [height, width], metres along the optical axis, 0 for sky and
+        beyond `MAX_DEPTH_M`; `normals` float16 [height, width, 3], unit vectors towards the camera
+        (x right, y down, z forward), (0, 0, 0) for sky.
+
+    Raises:
+        ValueError: for an unknown split, a negative index or a size below `MIN_SIZE_PX`.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}; expected one of {', '.join(SPLITS)}")
+    if index < 0:
+        raise ValueError(f"expected a frame index of 0 or more, got {index}")
+    if min(height, width) < MIN_SIZE_PX:
+        raise ValueError(f"expected at least {MIN_SIZE_PX} rows and columns, got {height}x{width}")
+    seed = np.random.SeedSequence((RENDERER_VERSION, SPLITS.index(split), index))
+    rng = np.random.Generator(np.random.PCG64(seed))
     street = _Street(rng)
     solids = _Solids(street.rows)
-    focal, *middle = intrinsics(height, width)
-    v, u = (np.indices((height, width)) + 0.5 - np.array(middle[::-1])[:, None, None]) / focal
-    pitch, yaw = rng.normal(0.02, 0.03), rng.normal(0, 0.1)
-    eye = np.array((street.traffic_side * rng.uniform(0, min(1.6, street.road_half - 2.6)), -rng.uniform(1.2, 2.3), 0))
-    cp, sp, cy, sy = math.cos(pitch), math.sin(pitch), math.cos(yaw), math.sin(yaw)
-    turn = np.array([[cy, -sy * sp, sy * cp], [0, cp, sp], [-sy, -cy * sp, cy * cp]])
-    rays = np.einsum("ij,jhw->ihw", turn, np.stack((u, v, np.ones_like(u))))
-    depth, solid = _first_hits(solids, eye, turn, rays)
+    aside = street.traffic_side * rng.uniform(0, min(1.6, street.road_half - 2.6))
+    eye = np.array((aside, -rng.uniform(1.2, 2.3), 0.0))
+    (sin_pitch, sin_yaw) = np.sin(rng.normal((0.02, 0.0), (0.03, 0.1)))
+    cos_pitch, cos_yaw = math.sqrt(1 - sin_pitch**2), math.sqrt(1 - sin_yaw**2)
+    turn = np.array(((cos_yaw, 0, sin_yaw), (0, 1, 0), (-sin_yaw, 0, cos_yaw))) @ (
+        (1, 0, 0),
+        (0, cos_pitch, sin_pitch),
+        (0, -sin_pitch, cos_pitch),
+    )  # camera axes to the world's
+    focal, x, y = intrinsics(height, width)
+    v, u = np.indices((height, width)).reshape(2, -1) + 0.5 - np.array(((y,), (x,)))
+    sight = np.stack((u / focal, v / focal, np.ones_like(u)))
+    depth, which = _first_hits(solids, eye, turn, sight)
+    rays, hit = turn @ sight, np.isfinite(depth)
+    which, point = which[hit], eye[:, None] + depth[hit] * rays[:, hit]
+    table = solids.table[which]
+    local, facing, normal = solids.surface(which, point)
+    is_road, ground = _ground(street, point[0], point[2])
+    label, normals = np.full(hit.shape, SKY, np.uint8), np.zeros((3, *hit.shape))
+    label[hit] = np.where((which == 0) & is_road, ROAD, table["label"])
+    normals[:, hit] = turn.T @ normal
+    colour = np.where(which == 0, ground, _reflectance(table, local, facing))
 
-    hit = solid >= 0
-    which = solid[hit]
-    point = eye[:, None] + depth[hit] * rays[:, hit]
-    to_local = solids.to_local[which]
-    local = np.einsum("nij,jn->in", to_local, point - solids.center[which].T)
-    faces = solids.faces[which]
-    side = (np.einsum("nfj,jn->nf", faces[:, :, :3], local) - faces[:, :, 3]).argmax(1)
-    outward = np.where(solids.shape[which] == BLOCK, faces[np.arange(len(side)), side, :3].T, local)
-    outward[1, solids.shape[which] == TUBE] = 0
-    facing = outward / solids.half[which].T
-    facing /= np.sqrt((facing * facing).sum(0))
-    normal = np.einsum("nji,jn->in", to_local, facing * solids.half[which].T)
-
-    labels = np.full((height, width), SKY, np.uint8)
-    labels[hit] = solids.label[which]
-    colour = _reflectance(solids, which, local, facing)
-    is_road, ground = _paint_ground(street, rng, point[0], point[2])
-    colour = np.where(which == 0, ground, colour)
-    labels[hit] = np.where((which == 0) & is_road, ROAD, solids.label[which])
-
-    overcast = rng.uniform(0, 1) ** 2 if rng.random() < 0.6 else rng.uniform(0.8, 1)
-    elevation, azimuth = rng.uniform(0.3, 1.2) * (1 - overcast) + 1.5 * overcast, rng.uniform(0, 2 * math.pi)
-    sun = np.array((math.cos(azimuth) * math.cos(elevation), -math.sin(elevation), math.sin(azimuth) * math.cos(elevation)))
-    warm = np.array((1.0, 0.75, 0.45)) ** (rng.uniform(0.1, 1) * (1 - overcast))
-    sunshine = (1.9 - 1.4 * overcast) * warm
-    zenith = np.array((0.1, 0.25, 0.6)) * (1 - overcast) + 0.55 * overcast
-    haze = np.array((0.55, 0.65, 0.8)) * (1 - overcast) + 0.75 * overcast * np.array((1, 1, 1.02))
+    cloudy = rng.uniform(0, 1) ** 2 if rng.random() < 0.6 else rng.uniform(0.8, 1)
+    height_rad = rng.uniform(0.3, 1.2) * (1 - cloudy) + 1.5 * cloudy
+    azimuth = rng.uniform(0, 2 * math.pi)
+    level = math.cos(height_rad)
+    sun = np.array((level * math.cos(azimuth), -math.sin(height_rad), level * math.sin(azimuth)))
+    sunshine = (1.9 - 1.4 * cloudy) * np.array((1.0, 0.75, 0.45)) ** (rng.uniform() * (1 - cloudy))
+    zenith = np.array((0.1, 0.25, 0.6)) * (1 - cloudy) + 0.55 * cloudy
+    haze = np.array((0.55, 0.65, 0.8)) * (1 - cloudy) + 0.75 * cloudy
     lambert = np.maximum(sun @ normal, 0)
-    bright = lambert > 0
-    lit = np.zeros(len(which))
-    lit[bright] = _sunlit(solids, point[:, bright] + normal[:, bright] * 0.01, sun)
-    sky_light = (0.3 + 0.35 * overcast) * (0.75 - 0.25 * normal[1]) * (zenith + haze)[:, None]
-    colour = colour * (sky_light + sunshine[:, None] * lambert * lit)
-    fog_m = math.exp(rng.uniform(math.log(50), math.log(900)))
-    clear = np.exp(-depth[hit] / fog_m)
-    light = np.empty((3, height, width))
-    light[:, hit] = colour * clear + haze[:, None] * (1 - clear)
+    lambert[lambert > 0] *= _sunlit(solids, (point + 0.01 * normal)[:, lambert > 0], sun)
+    skylight = (0.3 + 0.35 * cloudy) * (0.75 - 0.25 * normal[1]) * (zenith + haze)[:, None]
+    fog = 1 - np.exp(-depth[hit] / rng.choice((60, 150, 400, 900)))
+    light = np.empty((3, *hit.shape))
+    light[:, hit] = colour * (skylight + sunshine[:, None] * lambert) * (1 - fog)
+    light[:, hit] += haze[:, None] * fog
+    light[:, ~hit] = _sky(rng, rays[:, ~hit], zenith, haze)
 
-    way = rays[:, ~hit] / np.sqrt((rays[:, ~hit] ** 2).sum(0))
-    up = np.maximum(-way[1], 0)
-    cx, cz = way[0] / (up + 0.12), way[2] / (up + 0.12)
-    seed = int(rng.integers(1 << 20))
-    cloud = 0.65 * _noise(1.3 * cx, 1.3 * cz, seed) + 0.35 * _noise(4 * cx, 4 * cz, seed)
-    cover = np.clip((cloud - rng.uniform(0.25, 0.9)) * 4, 0, 1) * np.minimum(1, up * 5)
-    fade = (1 - np.minimum(up * 1.6, 1)) ** 2
-    sky = haze[:, None] * fade + zenith[:, None] * (1 - fade)
-    sky = sky + (0.9 * haze[:, None] + 0.1 - sky) * cover
-    glow = np.maximum(sun @ way, 0) ** 24
-    light[:, ~hit] = sky + 0.6 * (1 - overcast) * warm[:, None] * glow
-
-    gain = rng.uniform(0.55, 1.25) * rng.uniform(0.88, 1.12, 3)
-    vignette = 1 - rng.uniform(0, 0.5) * (u * u + v * v)
-    image = np.sqrt(light * gain[:, None, None] * vignette)
+    gain = rng.uniform(0.55, 1.25) * rng.uniform(0.88, 1.12, (3, 1))
+    image = np.sqrt(light * gain * (1 - rng.uniform(0, 0.5) * (sight[0] ** 2 + sight[1] ** 2)))
     image += rng.uniform(0.004, 0.035) * rng.standard_normal(image.shape)
-    normals = np.zeros((height, width, 3), np.float16)
-    normals[hit] = np.einsum("ji,jn->ni", turn, normal)
+    image = np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
+    depth = np.where(depth <= MAX_DEPTH_M, depth, 0).astype(np.float32)
     return {
-        "image": (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8).transpose(1, 2, 0).copy(),
-        "segmentation": labels,
-        "depth": np.where(hit & (depth <= MAX_DEPTH_M), depth, 0).astype(np.float32),
-        "normals": normals,
+        "image": image.T.reshape(height, width, 3),
+        "segmentation": label.reshape(height, width),
+        "depth": depth.reshape(height, width),
+        "normals": normals.T.astype(np.float16).reshape(height, width, 3),
     }

@@ -129,9 +129,9 @@ def segmentation_sums(
     """
     _check_one_shape(pred, target)
     is_label = (target >= 0) & (target <= INVALID_LABEL)
-    row = torch.where(is_label, target, _NUM_LABELS - 1).long()
+    row = torch.where(is_label, target.long(), _NUM_LABELS - 1)
     is_class = (pred >= 0) & (pred < num_classes)
-    column = torch.where(is_class, pred, num_classes).long()
+    column = torch.where(is_class, pred.long(), num_classes)
     index = (row * (num_classes + 1) + column).flatten()
     # bincount would do the same, but on a GPU it waits for the largest index.
     counts = torch.zeros(_NUM_LABELS * (num_classes + 1), dtype=torch.int64, device=target.device)
@@ -150,9 +150,8 @@ def segmentation_scores(sums: Sequence[int | float], num_classes: int) -> tuple[
     per_label[INVALID_LABEL] = 0
     if (wrong := np.flatnonzero(per_label[num_classes:]) + num_classes).size:
         label = str(wrong[0]) if wrong[0] < _NUM_LABELS - 1 else "outside 0..255"
-        raise ValueError(
-            _wrong_label("segmentation target", label, per_label[wrong[0]], num_classes)
-        )
+        num_pixels = int(per_label[wrong[0]])
+        raise ValueError(_wrong_label("segmentation target", label, num_pixels, num_classes))
     confusion = table[:num_classes]
     if num_outside := int(confusion[:, -1].sum()):
         raise ValueError(

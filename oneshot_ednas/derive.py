@@ -1,0 +1,285 @@
+"""From alpha to architectures inside the latency target, exactly.
+
+Argmax of alpha ignores the budget. Here the most probable architectures within it are found by
+best-first search under an exact dynamic-programming bound, so the target is met by construction,
+the k best come in order, and no rounding of latencies is involved.
+
+The streaming term makes latency non-additive: `ms + s * max(0, bytes - cache)`. That is the larger
+of two sums, so the target is two additive budgets, both handled exactly.
+"""
+
+import heapq
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from oneshot_ednas.architecture import Architecture, BlockArchitecture
+from oneshot_ednas.latency.costs import SpaceCosts
+from oneshot_ednas.latency.table import LatencyTable
+from oneshot_ednas.relaxation import ArchitectureParameters
+from oneshot_ednas.space import CHOICE_FIELDS, SearchSpace
+
+Array = npt.NDArray[np.float64]
+
+NUM_BINS = 4096
+"""Resolution of the bound; it changes the time that a query takes, never the result."""
+TIE_BREAK_PER_MS = 1e-9
+"""Log-probability that a millisecond is worth: of equally probable architectures, the faster."""
+SLACK_MS = 1e-9
+"""Float rounding allowed while pruning; the final check is exact."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DerivedArchitecture:
+    """An architecture inside a budget."""
+
+    architecture: Architecture
+    latency_ms: float
+    log_probability: float
+    """Log of its probability under softmax(alpha)."""
+
+
+def derive_architectures(
+    alpha: ArchitectureParameters,
+    table: LatencyTable,
+    space: SearchSpace,
+    *,
+    target_ms: float,
+    k: int = 8,
+    out_channels: Mapping[str, int] | None = None,
+) -> list[Architecture]:
+    """The k most probable architectures within the latency target, best first.
+
+    Args:
+        alpha: architecture parameters of the space.
+        table: the latency table.
+        space: the search space.
+        target_ms: the budget in milliseconds; no returned architecture exceeds it.
+        k: how many to return; fewer come back where the budget holds fewer.
+        out_channels: output channels per task; the table's where not given.
+
+    Raises:
+        ValueError: if nothing fits the target (both figures are named), or k is not positive.
+    """
+    search = BudgetSearch(alpha, table.costs(space, out_channels))
+    return [found.architecture for found in search.best(target_ms, k)]
+
+
+def pareto_front(
+    alpha: ArchitectureParameters,
+    table: LatencyTable,
+    space: SearchSpace,
+    *,
+    num_budgets: int | None = None,
+    out_channels: Mapping[str, int] | None = None,
+) -> list[DerivedArchitecture]:
+    """Architectures that no other beats in both latency and probability, fastest first.
+
+    Args:
+        alpha: architecture parameters of the space.
+        table: the latency table.
+        space: the search space.
+        num_budgets: exact answers for this many budgets, evenly spaced from the least latency to
+            that of the most probable architecture; None for the whole front.
+        out_channels: output channels per task; the table's where not given.
+    """
+    costs = table.costs(space, out_channels)
+    search = BudgetSearch(alpha, costs)
+    found = search.best(math.inf, 1)
+    if num_budgets is None:
+        while found[-1].latency_ms > costs.min_latency_ms:
+            budget = math.nextafter(found[-1].latency_ms, 0.0)
+            if budget < costs.min_latency_ms:
+                break
+            found += search.best(budget, 1)
+    else:
+        budgets = np.linspace(costs.min_latency_ms, found[0].latency_ms, num_budgets)
+        found += [search.best(float(budget), 1)[0] for budget in np.unique(budgets)]
+    front: list[DerivedArchitecture] = []
+    for candidate in sorted(found, key=lambda f: (f.latency_ms, -f.log_probability)):
+        if not front or candidate.log_probability > front[-1].log_probability:
+            front.append(candidate)
+    return front
+
+
+class BudgetSearch:
+    """Best-first search for the most probable architectures within budgets."""
+
+    def __init__(self, alpha: ArchitectureParameters, costs: SpaceCosts) -> None:
+        """Prepare the bounds; `best` may then be asked for any number of budgets.
+
+        Raises:
+            ValueError: if alpha and costs are of different spaces.
+        """
+        if alpha.space != costs.space:
+            raise ValueError(
+                f"alpha is of space {alpha.space.name}, the costs are of {costs.space.name}"
+            )
+        self.costs = costs
+        self.scores = [
+            score - TIE_BREAK_PER_MS * ms
+            for score, ms in zip(_log_probabilities(alpha), costs.block_ms, strict=True)
+        ]
+        # One budget for the time without streaming; a second one where streaming can occur.
+        weights = [0.0]
+        if _largest_bytes(costs) > costs.cache_bytes:
+            weights.append(costs.streaming_ms_per_byte)
+        self.budgets = [_Budget(costs, self.scores, weight) for weight in weights]
+
+    def best(self, target_ms: float, k: int) -> list[DerivedArchitecture]:
+        """The k most probable architectures within one target, best first.
+
+        Raises:
+            ValueError: if nothing fits the target, or k is not positive.
+        """
+        if k < 1:
+            raise ValueError(f"k: expected at least 1, got {k}")
+        if target_ms < self.costs.min_latency_ms:
+            raise ValueError(
+                f"target of {target_ms:.4g} ms is below the space's minimum of "
+                f"{self.costs.min_latency_ms:.4g} ms; raise the target or widen the space"
+            )
+        found: list[DerivedArchitecture] = []
+        for architecture, score in self._complete(target_ms):
+            latency_ms = self.costs.latency_ms(architecture)
+            if latency_ms <= target_ms:
+                ms, _ = self.costs.totals(architecture)
+                log_probability = score + TIE_BREAK_PER_MS * (ms - self.costs.constant_ms)
+                found.append(
+                    DerivedArchitecture(
+                        architecture=architecture,
+                        latency_ms=latency_ms,
+                        log_probability=log_probability,
+                    )
+                )
+                if len(found) == k:
+                    break
+        return found
+
+    def _complete(self, target_ms: float) -> Iterator[tuple[Architecture, float]]:
+        """Architectures within the target up to rounding, in order of score.
+
+        A node is a prefix of blocks; its priority is its score plus the best that any rest can
+        add within the slack that is left, which never underestimates. So the first complete
+        prefix taken from the heap is the best, the next the second best, and so on.
+        """
+        slack = tuple(budget.slack(target_ms) for budget in self.budgets)
+        count = 0
+        start: tuple[float, int, float, tuple[tuple[int, ...], ...], tuple[float, ...]]
+        start = (-math.inf, 0, 0.0, (), slack)
+        heap = [start]
+        while heap:
+            _, _, score, cells, slack = heapq.heappop(heap)
+            depth = len(cells)
+            if depth == len(self.scores):
+                yield self._architecture(cells), score
+                continue
+            in_width = cells[-1][-1] if cells else 0
+            scores = score + self.scores[depth][in_width]
+            slacks = [
+                left - budget.reduced[depth][in_width]
+                for left, budget in zip(slack, self.budgets, strict=True)
+            ]
+            bounds = np.minimum.reduce(
+                [
+                    budget.bound(depth + 1, left)
+                    for left, budget in zip(slacks, self.budgets, strict=True)
+                ]
+            )
+            for flat in np.flatnonzero(bounds > -np.inf):
+                count += 1
+                cell = np.unravel_index(flat, scores.shape)
+                node = (
+                    -(float(scores[cell]) + float(bounds[cell])),
+                    -count,
+                    float(scores[cell]),
+                    (*cells, tuple(int(i) for i in cell)),
+                    tuple(float(left[cell]) for left in slacks),
+                )
+                heapq.heappush(heap, node)
+
+    def _architecture(self, cells: tuple[tuple[int, ...], ...]) -> Architecture:
+        space = self.costs.space
+        blocks = tuple(
+            BlockArchitecture(
+                **{
+                    field: spec.options(field)[index]
+                    for field, index in zip(CHOICE_FIELDS, cell, strict=True)
+                }
+            )
+            for spec, cell in zip(space.blocks, cells, strict=True)
+        )
+        return Architecture(blocks, space=space.name)
+
+
+class _Budget:
+    """One additive budget `ms + weight * (bytes - cache) <= target`, and its bound.
+
+    Costs are reduced: an option costs what it adds over the cheapest way to go on, so what is
+    spent is the slack over the cheapest architecture, and nothing is ever pruned or kept by a
+    rounded cost that could be decided exactly.
+    """
+
+    def __init__(self, costs: SpaceCosts, scores: list[Array], weight: float) -> None:
+        minima = costs.suffix_minima(1.0, weight)
+        self.minimum_ms = costs.offset(weight) + float(minima[0][0])
+        self.reduced: list[Array] = [
+            ms + weight * size + after - before[:, None, None, None, None]
+            for ms, size, before, after in zip(
+                costs.block_ms, costs.block_bytes, minima[:-1], minima[1:], strict=True
+            )
+        ]
+        largest = sum(float(reduced.max()) for reduced in self.reduced)
+        self.bin_ms = max(largest, SLACK_MS) / NUM_BINS
+        self.best_rest = self._best_rest(scores)
+
+    def slack(self, target_ms: float) -> float:
+        """Milliseconds that may be spent over the cheapest architecture."""
+        return min(target_ms - self.minimum_ms, (NUM_BINS + 1) * self.bin_ms) + SLACK_MS
+
+    def bound(self, depth: int, slack: Array) -> Array:
+        """Largest score that blocks depth.. can add, per out-width of the block before.
+
+        Args:
+            depth: number of blocks decided.
+            slack: what is left, per option `[op, kernel, expansion, out-width]`.
+        """
+        bins = np.clip((slack / self.bin_ms).astype(np.int64), 0, NUM_BINS)
+        widths = np.broadcast_to(np.arange(slack.shape[-1]), slack.shape)
+        return np.where(slack >= 0, self.best_rest[depth][widths, bins], -np.inf)
+
+    def _best_rest(self, scores: list[Array]) -> list[Array]:
+        """Per depth, `[in-width, bins]`: best score of the rest within a number of bins.
+
+        Costs are rounded down to bins, so the bound is never too low.
+        """
+        rest = np.zeros((scores[-1].shape[-1], NUM_BINS + 1))
+        table = [rest]
+        for score, reduced in zip(reversed(scores), reversed(self.reduced), strict=True):
+            bins = np.floor(reduced / self.bin_ms).astype(np.int64)
+            best = np.full((reduced.shape[0], NUM_BINS + 1), -np.inf)
+            for cell in np.ndindex(reduced.shape):
+                spent = min(int(bins[cell]), NUM_BINS)
+                window = best[cell[0], spent:]
+                np.maximum(window, score[cell] + rest[cell[-1], : NUM_BINS + 1 - spent], out=window)
+            rest = best
+            table.append(rest)
+        return table[::-1]
+
+
+def _largest_bytes(costs: SpaceCosts) -> float:
+    return costs.constant_bytes - float(costs.suffix_minima(0.0, -1.0)[0][0])
+
+
+def _log_probabilities(alpha: ArchitectureParameters) -> list[Array]:
+    """Log-probability of each option of each block, `[1, op, kernel, expansion, out-width]`."""
+    per_block = []
+    for gates in alpha.log_probabilities():
+        op, kernel, expand, filters = (vector.numpy() for vector in gates)
+        per_block.append(
+            op[:, None, None, None] + kernel[:, None, None] + expand[:, None] + filters
+        )
+    return [block[None] for block in per_block]

@@ -1,0 +1,1 @@
+"""Latency of architectures: tables, the Edge TPU simulator, expectations under gates."""

@@ -1,0 +1,200 @@
+"""A latency table laid out over a search space, as arrays that every consumer reads.
+
+Evaluation of one architecture, the differentiable expectation and the exact derivation all use
+these arrays, so they cannot disagree.
+"""
+
+import heapq
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from oneshot_ednas.architecture import Architecture
+from oneshot_ednas.latency.operations import (
+    Operation,
+    block_operation,
+    block_options,
+    block_sizes,
+    fixed_operations,
+    lateral_operations,
+    network_io_bytes,
+)
+from oneshot_ednas.space import CHOICE_FIELDS, SearchSpace
+
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class SpaceCosts:
+    """Costs of every option of every block, and of the parts that do not vary.
+
+    The block arrays have the axes (in-width, op, kernel, expansion, out-width) and include the
+    1x1 laterals that read a tapped block, since those depend on its out-width only.
+    """
+
+    space: SearchSpace
+    block_ms: tuple[Array, ...]
+    block_bytes: tuple[Array, ...]
+    """Parameter bytes."""
+    constant_ms: float
+    """Fixed time, transfers, stem, fusion nodes and heads."""
+    constant_bytes: float
+    cache_bytes: float
+    streaming_ms_per_byte: float
+
+    def latency_ms(self, architecture: Architecture) -> float:
+        """Latency of one architecture.
+
+        Raises:
+            ValueError: if it is not in the space.
+        """
+        on_chip_ms, parameter_bytes = self.totals(architecture)
+        return on_chip_ms + self.streaming_ms(parameter_bytes)
+
+    def totals(self, architecture: Architecture) -> tuple[float, float]:
+        """Milliseconds without streaming, and parameter bytes.
+
+        Raises:
+            ValueError: if the architecture is not in the space.
+        """
+        self.space.check(architecture)
+        ms, size = self.constant_ms, self.constant_bytes
+        for index, cell in enumerate(self.cells(architecture)):
+            ms += float(self.block_ms[index][cell])
+            size += float(self.block_bytes[index][cell])
+        return ms, size
+
+    def streaming_ms(self, parameter_bytes: float) -> float:
+        """Time to stream what does not fit the cache, once per inference."""
+        return self.streaming_ms_per_byte * max(0.0, parameter_bytes - self.cache_bytes)
+
+    def cells(self, architecture: Architecture) -> list[tuple[int, ...]]:
+        """Index of each block's option in its cost array."""
+        cells, in_width = [], 0
+        for spec, block in zip(self.space.blocks, architecture.blocks, strict=True):
+            choice = [spec.options(field).index(getattr(block, field)) for field in CHOICE_FIELDS]
+            cells.append((in_width, *choice))
+            in_width = choice[-1]
+        return cells
+
+    @cached_property
+    def max_latency_ms(self) -> float:
+        """Largest latency in the space, exactly.
+
+        The latency is the larger of two sums (with streaming priced from the first byte less the
+        cache, and without), so its maximum is the larger of their maxima.
+        """
+        return max(
+            -self.suffix_minima(-1.0, -weight)[0][0] + self.offset(weight)
+            for weight in (0.0, self.streaming_ms_per_byte)
+        )
+
+    @cached_property
+    def min_latency_ms(self) -> float:
+        """Smallest latency in the space, exactly, by best-first search."""
+        weights = np.linspace(0.0, self.streaming_ms_per_byte, 5)
+        suffixes = [self.suffix_minima(1.0, weight) for weight in weights]
+
+        def bound(depth: int, in_width: int, ms: float, size: float) -> float:
+            # Every weighting of the two sums is a lower bound of the larger one.
+            rest = np.array([suffix[depth][in_width] for suffix in suffixes])
+            return float((ms + weights * (size - self.cache_bytes) + rest).max())
+
+        count, start = 0, (0, 0, self.constant_ms, self.constant_bytes)
+        heap = [(bound(*start), count, *start)]
+        while heap:
+            _, _, depth, in_width, ms, size = heapq.heappop(heap)
+            if depth == len(self.block_ms):
+                # Summed in the same order as `totals`, so the two are equal to the last bit.
+                return ms + self.streaming_ms(size)
+            block_ms, block_bytes = self.block_ms[depth][in_width], self.block_bytes[depth][in_width]
+            for cell in np.ndindex(block_ms.shape):
+                count += 1
+                after = (
+                    depth + 1,
+                    cell[-1],
+                    ms + float(block_ms[cell]),
+                    size + float(block_bytes[cell]),
+                )
+                heapq.heappush(heap, (bound(*after), -count, *after))
+        raise AssertionError("a space holds at least one architecture")
+
+    def offset(self, weight: float) -> float:
+        """Constant part of `ms + weight * (bytes - cache)` summed over the network."""
+        return self.constant_ms + weight * (self.constant_bytes - self.cache_bytes)
+
+    def suffix_minima(self, ms_weight: float, bytes_weight: float) -> list[Array]:
+        """Least `ms_weight * ms + bytes_weight * bytes` of blocks d.., per in-width of block d."""
+        rest: Array = np.zeros(len(self.space.blocks[-1].filters))
+        suffix = [rest]
+        for ms, size in zip(reversed(self.block_ms), reversed(self.block_bytes), strict=True):
+            rest = (ms_weight * ms + bytes_weight * size + rest).min(axis=(1, 2, 3, 4))
+            suffix.append(rest)
+        return suffix[::-1]
+
+
+def space_costs(
+    space: SearchSpace,
+    image_size: tuple[int, int],
+    out_channels: Mapping[str, int],
+    *,
+    price: Callable[[Operation], tuple[float, float]],
+    fixed_ms: float,
+    input_ms_per_byte: float,
+    output_ms_per_byte: float,
+    cache_bytes: float,
+    streaming_ms_per_byte: float,
+) -> SpaceCosts:
+    """Lay prices out over a space.
+
+    Args:
+        space: the search space.
+        image_size: height and width of the image.
+        out_channels: output channels per task.
+        price: milliseconds and parameter bytes of an operation.
+        fixed_ms: paid once per inference.
+        input_ms_per_byte: transfer of the image.
+        output_ms_per_byte: transfer of the output maps.
+        cache_bytes: parameter bytes that stay on the chip.
+        streaming_ms_per_byte: per parameter byte beyond the cache.
+    """
+    block_ms, block_bytes = [], []
+    taps = {number - 1: tap for tap, number in enumerate(space.fusion.tap_blocks)}
+    for index, (spec, size) in enumerate(
+        zip(space.blocks, block_sizes(space, image_size), strict=True)
+    ):
+        shape = tuple(len(spec.options(field)) for field in CHOICE_FIELDS)
+        ways = space.in_filters(index)
+        prices = np.array(
+            [
+                price(block_operation(spec, in_filters, block, size))
+                for in_filters in ways
+                for block in block_options(spec)
+            ]
+        ).reshape(len(ways), *shape, 2)
+        if index in taps:
+            laterals = [
+                [
+                    price(placed.operation)
+                    for placed in lateral_operations(space, taps[index], filters, image_size)
+                ]
+                for filters in spec.filters
+            ]
+            prices += np.array(laterals).sum(axis=1)
+        block_ms.append(prices[..., 0].copy())
+        block_bytes.append(prices[..., 1].copy())
+    input_bytes, output_bytes = network_io_bytes(space, image_size, out_channels)
+    fixed = [price(p.operation) for p in fixed_operations(space, image_size, out_channels)]
+    transfer_ms = input_ms_per_byte * input_bytes + output_ms_per_byte * output_bytes
+    return SpaceCosts(
+        space=space,
+        block_ms=tuple(block_ms),
+        block_bytes=tuple(block_bytes),
+        constant_ms=fixed_ms + transfer_ms + sum(ms for ms, _ in fixed),
+        constant_bytes=sum(size for _, size in fixed),
+        cache_bytes=cache_bytes,
+        streaming_ms_per_byte=streaming_ms_per_byte,
+    )

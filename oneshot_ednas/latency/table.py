@@ -1,0 +1,276 @@
+"""Latency tables: one row per distinct operation, and the terms that a network pays once.
+
+File: a YAML header in comment lines (device, runtime, date, per-network terms, known error), then
+CSV. Latency of a network = fixed + input and output transfer + the rows of its operations +
+streaming of the parameter bytes that do not fit the on-chip cache.
+"""
+
+import csv
+import io
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+from oneshot_ednas.architecture import Architecture
+from oneshot_ednas.latency.costs import SpaceCosts, space_costs
+from oneshot_ednas.latency.operations import OPERATION_KINDS, Operation
+from oneshot_ednas.schema import dump_yaml, parse_yaml
+from oneshot_ednas.space import SearchSpace
+
+FORMAT = 1
+_KEY = [field.name for field in fields(Operation)]
+_COLUMNS = [*_KEY, "latency_ms", "spread_ms", "parameter_bytes"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableHeader:
+    """Where a table comes from, and what a network pays once."""
+
+    format: int = FORMAT
+    device: str
+    """What the times are of, for example `Coral Edge TPU`."""
+    source: Literal["simulated", "measured"]
+    host: str
+    """Host and bus of the device."""
+    runtime: str
+    """Interpreter or simulator, with its version."""
+    date: str
+    """When the times were made, `YYYY-MM-DD`."""
+    runs: int = 1
+    """Timed runs behind each row."""
+    note: str = ""
+    space: str
+    """Search space whose operations the rows are."""
+    image_height: int
+    image_width: int
+    out_channels: dict[str, int]
+    """Output channels per task assumed where none are given."""
+    fixed_ms: float
+    """Paid once per inference."""
+    input_ms_per_byte: float
+    output_ms_per_byte: float
+    cache_bytes: float
+    """Parameter bytes that stay on the chip."""
+    streaming_ms_per_byte: float
+    """Per parameter byte beyond the cache, every inference."""
+    held_out_mape: float | None = None
+    """Mean absolute error in percent on networks that took no part in the calibration."""
+    held_out_note: str = ""
+    """What the held-out error was measured on."""
+
+    def __post_init__(self) -> None:
+        """Times and sizes are finite and not negative."""
+        if self.format != FORMAT:
+            raise ValueError(
+                f"format: expected {FORMAT}, got {self.format}; "
+                f"another version of oneshot_ednas wrote this table"
+            )
+        for name in ("image_height", "image_width", "runs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name in (
+            "fixed_ms",
+            "input_ms_per_byte",
+            "output_ms_per_byte",
+            "cache_bytes",
+            "streaming_ms_per_byte",
+        ):
+            value = getattr(self, name)
+            if not (value >= 0 and math.isfinite(value)):
+                raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableRow:
+    """What one operation costs."""
+
+    latency_ms: float
+    spread_ms: float = 0.0
+    """Half the interquartile range over runs; 0 for a simulator."""
+    parameter_bytes: int
+    """Bytes of weights and biases as the device keeps them."""
+
+
+@dataclass(frozen=True, eq=False)
+class LatencyTable:
+    """Operations with their times, for one device and one image size."""
+
+    header: TableHeader
+    rows: Mapping[Operation, TableRow]
+    name: str = "table"
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the image that the rows are for."""
+        return self.header.image_height, self.header.image_width
+
+    def row(self, operation: Operation) -> TableRow:
+        """The row of an operation.
+
+        Raises:
+            ValueError: if there is none; the message names the operation and the cure.
+        """
+        try:
+            return self.rows[operation]
+        except KeyError:
+            height, width = self.image_size
+            raise ValueError(
+                f"no row in {self.name} for {operation}; build a table that has it with "
+                f"oneshot-ednas latency table SPACE --image-size {height} {width} --out CSV"
+            ) from None
+
+    def check_image_size(self, height: int, width: int) -> None:
+        """Refuse to price images of another size.
+
+        Raises:
+            ValueError: naming both sizes.
+        """
+        if (height, width) != self.image_size:
+            raise ValueError(
+                f"{self.name} is for images of {self.header.image_height}x"
+                f"{self.header.image_width}, got {height}x{width}; build one with "
+                f"oneshot-ednas latency table SPACE --image-size {height} {width} --out CSV"
+            )
+
+    def costs(
+        self, space: SearchSpace, out_channels: Mapping[str, int] | None = None
+    ) -> SpaceCosts:
+        """The table laid out over a space: one array of costs per block.
+
+        Args:
+            space: the search space.
+            out_channels: output channels per task; the header's where not given.
+
+        Raises:
+            ValueError: if a row is missing.
+        """
+        channels = self.header.out_channels if out_channels is None else out_channels
+        return _costs(self, space, tuple(channels.items()))
+
+    def latency_ms(
+        self,
+        space: SearchSpace,
+        architecture: Architecture,
+        out_channels: Mapping[str, int] | None = None,
+    ) -> float:
+        """Latency of one architecture, in milliseconds.
+
+        Raises:
+            ValueError: if a row is missing or the architecture is not in the space.
+        """
+        return self.costs(space, out_channels).latency_ms(architecture)
+
+    def save(self, path: str | Path) -> None:
+        """Write the file."""
+        Path(path).write_text(self.to_text(), encoding="utf-8")
+
+    def to_text(self) -> str:
+        """The file's text."""
+        header = "".join(f"# {line}\n" for line in dump_yaml(self.header).splitlines())
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(_COLUMNS)
+        for operation in sorted(self.rows):
+            row = self.rows[operation]
+            key = [getattr(operation, name) for name in _KEY]
+            key[-1] = int(key[-1])
+            writer.writerow(
+                [*key, f"{row.latency_ms:.6g}", f"{row.spread_ms:.3g}", row.parameter_bytes]
+            )
+        return header + out.getvalue()
+
+    @classmethod
+    def load(cls, path: str | Path) -> "LatencyTable":
+        """Read a table.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: for a damaged file, with the line.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(
+                f"no latency table {path}; build one with oneshot-ednas latency table SPACE "
+                f"--image-size H W --out CSV"
+            )
+        return cls.from_text(Path(path).read_text(encoding="utf-8"), name=Path(path).name)
+
+    @classmethod
+    def from_text(cls, text: str, *, name: str) -> "LatencyTable":
+        """Like `load`, for text."""
+        lines = text.splitlines()
+        count = next((i for i, line in enumerate(lines) if not line.startswith("#")), len(lines))
+        header_text = "\n".join(line[1:].removeprefix(" ") for line in lines[:count])
+        header = parse_yaml(header_text, TableHeader, source=name)
+        if count == len(lines) or lines[count].split(",") != _COLUMNS:
+            got = lines[count] if count < len(lines) else "the end of the file"
+            raise ValueError(f"{name}:{count + 1}: expected {','.join(_COLUMNS)}, got {got}")
+        rows: dict[Operation, TableRow] = {}
+        for number, cells in enumerate(csv.reader(lines[count + 1 :]), start=count + 2):
+            try:
+                operation, row = _read_row(cells)
+            except ValueError as error:
+                raise ValueError(f"{name}:{number}: {error}") from None
+            if operation in rows:
+                raise ValueError(f"{name}:{number}: a second row for {operation}")
+            rows[operation] = row
+        return cls(header, rows, name)
+
+
+@lru_cache(maxsize=64)
+def _costs(
+    table: LatencyTable, space: SearchSpace, out_channels: tuple[tuple[str, int], ...]
+) -> SpaceCosts:
+    header, channels = table.header, dict(out_channels)
+    return space_costs(
+        space,
+        table.image_size,
+        channels,
+        price=lambda operation: _price(table.row(operation)),
+        fixed_ms=header.fixed_ms,
+        input_ms_per_byte=header.input_ms_per_byte,
+        output_ms_per_byte=header.output_ms_per_byte,
+        cache_bytes=header.cache_bytes,
+        streaming_ms_per_byte=header.streaming_ms_per_byte,
+    )
+
+
+def _price(row: TableRow) -> tuple[float, float]:
+    return row.latency_ms, float(row.parameter_bytes)
+
+
+def _read_row(cells: list[str]) -> tuple[Operation, TableRow]:
+    if len(cells) != len(_COLUMNS):
+        raise ValueError(
+            f"expected {len(_COLUMNS)} columns, got {len(cells)}; the file may be truncated"
+        )
+    values = dict(zip(_COLUMNS, cells, strict=True))
+    op = values.pop("op")
+    if op not in OPERATION_KINDS:
+        raise ValueError(f"op: expected one of {', '.join(OPERATION_KINDS)}, got {op}")
+    latency_ms, spread_ms = _number(values, "latency_ms"), _number(values, "spread_ms")
+    parameter_bytes = _whole(values, "parameter_bytes")
+    numbers = {name: _whole(values, name) for name in _KEY if name not in ("op", "residual")}
+    residual = bool(_whole(values, "residual"))
+    operation = Operation(op=op, residual=residual, **numbers)
+    return operation, TableRow(
+        latency_ms=latency_ms, spread_ms=spread_ms, parameter_bytes=parameter_bytes
+    )
+
+
+def _number(values: Mapping[str, str], name: str) -> float:
+    try:
+        value = float(values[name])
+    except ValueError:
+        raise ValueError(f"{name}: expected a number, got {values[name]!r}") from None
+    if not (value >= 0 and math.isfinite(value)):
+        raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
+    return value
+
+
+def _whole(values: Mapping[str, str], name: str) -> int:
+    if not values[name].isdigit():
+        raise ValueError(f"{name}: expected a whole number >= 0, got {values[name]!r}")
+    return int(values[name])
