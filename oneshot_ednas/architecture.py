@@ -59,7 +59,9 @@ class Architecture:
         unknown = set(data) - {"format", "space", "blocks"}
         if unknown:
             known = ("format", "space", "blocks")
-            raise ValueError(f"{source}: unknown key {min(unknown)}; {nearest(min(unknown), known)}")
+            raise ValueError(
+                f"{source}: unknown key {min(unknown)}; {nearest(min(unknown), known)}"
+            )
         blocks = tuple(
             _read_block(block, f"{source}: block {number}")
             for number, block in enumerate(data["blocks"], start=1)

@@ -23,6 +23,9 @@ from oneshot_ednas.relaxation import ArchitectureParameters
 from oneshot_ednas.space import CHOICE_FIELDS, SearchSpace
 
 Array = npt.NDArray[np.float64]
+_Node = tuple[
+    float, int, tuple[tuple[int, ...], ...], tuple[float, ...], tuple[float, ...]
+]  # priority, order of ties, cells of the prefix, score and slack per budget
 
 NUM_BINS = 4096
 """Resolution of the bound; it changes the time that a query takes, never the result."""
@@ -119,15 +122,12 @@ class BudgetSearch:
                 f"alpha is of space {alpha.space.name}, the costs are of {costs.space.name}"
             )
         self.costs = costs
-        self.scores = [
-            score - TIE_BREAK_PER_MS * ms
-            for score, ms in zip(_log_probabilities(alpha), costs.block_ms, strict=True)
-        ]
+        self.log_probabilities = _log_probabilities(alpha)
         # One budget for the time without streaming; a second one where streaming can occur.
         weights = [0.0]
         if _largest_bytes(costs) > costs.cache_bytes:
             weights.append(costs.streaming_ms_per_byte)
-        self.budgets = [_Budget(costs, self.scores, weight) for weight in weights]
+        self.budgets = [_Budget(costs, self.log_probabilities, weight) for weight in weights]
 
     def best(self, target_ms: float, k: int) -> list[DerivedArchitecture]:
         """The k most probable architectures within one target, best first.
@@ -143,11 +143,9 @@ class BudgetSearch:
                 f"{self.costs.min_latency_ms:.4g} ms; raise the target or widen the space"
             )
         found: list[DerivedArchitecture] = []
-        for architecture, score in self._complete(target_ms):
+        for architecture, log_probability in self._complete(target_ms):
             latency_ms = self.costs.latency_ms(architecture)
             if latency_ms <= target_ms:
-                ms, _ = self.costs.totals(architecture)
-                log_probability = score + TIE_BREAK_PER_MS * (ms - self.costs.constant_ms)
                 found.append(
                     DerivedArchitecture(
                         architecture=architecture,
@@ -160,43 +158,57 @@ class BudgetSearch:
         return found
 
     def _complete(self, target_ms: float) -> Iterator[tuple[Architecture, float]]:
-        """Architectures within the target up to rounding, in order of score.
+        """Architectures within the target up to rounding and their log-probability, best first.
 
         A node is a prefix of blocks; its priority is its score plus the best that any rest can
         add within the slack that is left, which never underestimates. So the first complete
-        prefix taken from the heap is the best, the next the second best, and so on.
+        prefix taken from the heap is the best, the next the second best, and so on. A score is
+        the log-probability less the tie-break of the latency; since the latency is the larger of
+        the budgets' sums, the score is the smaller of theirs.
         """
-        slack = tuple(budget.slack(target_ms) for budget in self.budgets)
         count = 0
-        start: tuple[float, int, float, tuple[tuple[int, ...], ...], tuple[float, ...]]
-        start = (-math.inf, 0, 0.0, (), slack)
-        heap = [start]
+        heap: list[_Node] = [
+            (
+                -math.inf,
+                count,
+                (),
+                tuple(budget.start_score for budget in self.budgets),
+                tuple(budget.slack(target_ms) for budget in self.budgets),
+            )
+        ]
         while heap:
-            _, _, score, cells, slack = heapq.heappop(heap)
+            _, _, cells, scores_before, slack = heapq.heappop(heap)
             depth = len(cells)
-            if depth == len(self.scores):
-                yield self._architecture(cells), score
+            if depth == len(self.log_probabilities):
+                log_p = sum(
+                    float(block[0][cell])
+                    for block, cell in zip(self.log_probabilities, cells, strict=True)
+                )
+                yield self._architecture(cells), log_p
                 continue
             in_width = cells[-1][-1] if cells else 0
-            scores = score + self.scores[depth][in_width]
+            scores = [
+                before + budget.scores[depth][in_width]
+                for before, budget in zip(scores_before, self.budgets, strict=True)
+            ]
             slacks = [
                 left - budget.reduced[depth][in_width]
                 for left, budget in zip(slack, self.budgets, strict=True)
             ]
             bounds = np.minimum.reduce(
                 [
-                    budget.bound(depth + 1, left)
-                    for left, budget in zip(slacks, self.budgets, strict=True)
+                    score + budget.bound(depth + 1, left)
+                    for score, left, budget in zip(scores, slacks, self.budgets, strict=True)
                 ]
             )
             for flat in np.flatnonzero(bounds > -np.inf):
                 count += 1
-                cell = np.unravel_index(flat, scores.shape)
+                cell = tuple(int(i) for i in np.unravel_index(flat, bounds.shape))
                 node = (
-                    -(float(scores[cell]) + float(bounds[cell])),
+                    -float(bounds[cell]),
                     -count,
-                    float(scores[cell]),
-                    (*cells, tuple(int(i) for i in cell)),
+                    (*cells, cell),
+                    tuple(float(score[cell]) for score in scores),
                     tuple(float(left[cell]) for left in slacks),
                 )
                 heapq.heappush(heap, node)
@@ -223,7 +235,14 @@ class _Budget:
     rounded cost that could be decided exactly.
     """
 
-    def __init__(self, costs: SpaceCosts, scores: list[Array], weight: float) -> None:
+    def __init__(self, costs: SpaceCosts, log_probabilities: list[Array], weight: float) -> None:
+        self.start_score = -TIE_BREAK_PER_MS * costs.offset(weight)
+        self.scores: list[Array] = [
+            log_p - TIE_BREAK_PER_MS * (ms + weight * size)
+            for log_p, ms, size in zip(
+                log_probabilities, costs.block_ms, costs.block_bytes, strict=True
+            )
+        ]
         minima = costs.suffix_minima(1.0, weight)
         self.minimum_ms = costs.offset(weight) + float(minima[0][0])
         self.reduced: list[Array] = [
@@ -234,7 +253,7 @@ class _Budget:
         ]
         largest = sum(float(reduced.max()) for reduced in self.reduced)
         self.bin_ms = max(largest, SLACK_MS) / NUM_BINS
-        self.best_rest = self._best_rest(scores)
+        self.best_rest = self._best_rest()
 
     def slack(self, target_ms: float) -> float:
         """Milliseconds that may be spent over the cheapest architecture."""
@@ -251,14 +270,14 @@ class _Budget:
         widths = np.broadcast_to(np.arange(slack.shape[-1]), slack.shape)
         return np.where(slack >= 0, self.best_rest[depth][widths, bins], -np.inf)
 
-    def _best_rest(self, scores: list[Array]) -> list[Array]:
+    def _best_rest(self) -> list[Array]:
         """Per depth, `[in-width, bins]`: best score of the rest within a number of bins.
 
         Costs are rounded down to bins, so the bound is never too low.
         """
-        rest = np.zeros((scores[-1].shape[-1], NUM_BINS + 1))
+        rest = np.zeros((self.scores[-1].shape[-1], NUM_BINS + 1))
         table = [rest]
-        for score, reduced in zip(reversed(scores), reversed(self.reduced), strict=True):
+        for score, reduced in zip(reversed(self.scores), reversed(self.reduced), strict=True):
             bins = np.floor(reduced / self.bin_ms).astype(np.int64)
             best = np.full((reduced.shape[0], NUM_BINS + 1), -np.inf)
             for cell in np.ndindex(reduced.shape):

@@ -131,7 +131,7 @@ class ArchitectureParameters(nn.Module):
         return log_p.gather(1, indices.view(-1, 1)).sum()
 
     def log_probabilities(self) -> Gates:
-        """log softmax(alpha) per choice in float64, without gradient."""
+        """Log softmax(alpha) per choice in float64, without gradient."""
         rows = self.padded_logits().detach().double().cpu().log_softmax(1)
         # The constant gate of a decision without a choice is 1; its log is 0.
         return tuple(

@@ -53,7 +53,9 @@ def find_file(name: str | Path, *, beside: Path | None = None) -> Path:
         except FileNotFoundError:
             pass
     tried = ", ".join(str(candidate) for candidate in candidates)
-    raise FileNotFoundError(f"no file {name} (tried {tried}, and the files shipped with the package)")
+    raise FileNotFoundError(
+        f"no file {name} (tried {tried}, and the files shipped with the package)"
+    )
 
 
 def load_yaml(path: Path, cls: type[T], *, overrides: Iterable[str] = ()) -> T:
@@ -72,7 +74,19 @@ def load_yaml(path: Path, cls: type[T], *, overrides: Iterable[str] = ()) -> T:
     """
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
-    return parse_yaml(path.read_text(encoding="utf-8"), cls, source=str(path), overrides=overrides)
+    return parse_yaml(read_text(path), cls, source=str(path), overrides=overrides)
+
+
+def read_text(path: Path) -> str:
+    """Text of a UTF-8 file.
+
+    Raises:
+        ValueError: if it is no UTF-8 text; names the file.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected UTF-8 text, got {error.reason}") from None
 
 
 def parse_yaml(text: str, cls: type[T], *, source: str, overrides: Iterable[str] = ()) -> T:
@@ -85,7 +99,7 @@ def parse_yaml(text: str, cls: type[T], *, source: str, overrides: Iterable[str]
     return cast(T, _Reader(source).read(root, cls, ""))
 
 
-def to_plain(value: Any) -> Any:  # noqa: ANN401
+def to_plain(value: Any) -> Any:
     """A dataclass as nested dicts, lists and scalars, ready for YAML or JSON."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
@@ -110,7 +124,9 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 def _compose(text: str, source: str) -> yaml.Node | None:
     try:
-        return yaml.compose(text, Loader=yaml.SafeLoader)
+        loader = yaml.SafeLoader(text)
+        loader.name = source  # marks carry it
+        return loader.get_single_node()
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark is not None else ""
@@ -150,10 +166,12 @@ class _Reader:
         self.source = source
 
     def error(self, node: yaml.Node, message: str) -> ValueError:
-        line = f":{node.start_mark.line + 1}" if node.start_mark is not None else ""
-        return ValueError(f"{self.source}{line}: {message}")
+        mark = node.start_mark
+        # The mark's name is the file, or the override that the node came from.
+        place = f"{mark.name}:{mark.line + 1}" if mark is not None else self.source
+        return ValueError(f"{place}: {message}")
 
-    def read(self, node: yaml.Node, kind: Any, where: str) -> Any:  # noqa: ANN401
+    def read(self, node: yaml.Node, kind: Any, where: str) -> Any:
         origin = typing.get_origin(kind)
         if dataclasses.is_dataclass(kind):
             return self._dataclass(node, cast(type, kind), where)
@@ -175,7 +193,9 @@ class _Reader:
 
     def _pairs(self, node: yaml.Node, where: str) -> list[tuple[str, yaml.Node, yaml.Node]]:
         if not isinstance(node, yaml.MappingNode):
-            raise self.error(node, f"{where or 'file'}: expected keys and values, got {_show(node)}")
+            raise self.error(
+                node, f"{where or 'file'}: expected keys and values, got {_show(node)}"
+            )
         pairs: list[tuple[str, yaml.Node, yaml.Node]] = []
         for key, value in node.value:
             if not isinstance(key, yaml.ScalarNode):
@@ -206,7 +226,7 @@ class _Reader:
         except ValueError as error:
             raise self.error(node, f"{where}: {error}" if where else str(error)) from None
 
-    def _union(self, node: yaml.Node, kinds: tuple[Any, ...], where: str) -> Any:  # noqa: ANN401
+    def _union(self, node: yaml.Node, kinds: tuple[Any, ...], where: str) -> Any:
         if node.tag == "tag:yaml.org,2002:null" and type(None) in kinds:
             return None
         others = [kind for kind in kinds if kind is not type(None)]
@@ -226,15 +246,13 @@ class _Reader:
         if len(kinds) == 2 and kinds[1] is Ellipsis:
             kinds = (kinds[0],) * len(node.value)
         if len(kinds) != len(node.value):
-            raise self.error(
-                node, f"{where}: expected {len(kinds)} values, got {len(node.value)}"
-            )
+            raise self.error(node, f"{where}: expected {len(kinds)} values, got {len(node.value)}")
         return tuple(
             self.read(item, kind, f"{where}[{i}]")
             for i, (item, kind) in enumerate(zip(node.value, kinds, strict=True))
         )
 
-    def _scalar(self, node: yaml.Node, kind: type, where: str) -> Any:  # noqa: ANN401
+    def _scalar(self, node: yaml.Node, kind: type, where: str) -> Any:
         expected = _TYPE_WORDS.get(kind, kind.__name__)
         wrong = self.error(node, f"{where}: expected {expected}, got {_show(node)}")
         if not isinstance(node, yaml.ScalarNode) or node.tag == "tag:yaml.org,2002:null":
@@ -243,8 +261,9 @@ class _Reader:
             return kind(node.value)
         if kind is float:
             # PyYAML takes 1e-3 for text, so numbers are converted from their spelling.
+            spelled = node.value.lower().replace("_", "")
             try:
-                return float(node.value.replace("_", ""))
+                return float(spelled.replace(".inf", "inf").replace(".nan", "nan"))
             except ValueError:
                 raise wrong from None
         if kind not in _SCALAR_TAGS:

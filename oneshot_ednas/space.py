@@ -6,10 +6,11 @@ same builder, latency walk and JSON serve both.
 
 import math
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, SupportsInt, runtime_checkable
 
 from oneshot_ednas.architecture import Architecture, BlockArchitecture
 from oneshot_ednas.schema import dump_yaml, load_yaml, parse_yaml, shipped
@@ -19,10 +20,11 @@ CHOICE_FIELDS = ("op", "kernel_size", "expand_ratio", "filters")
 """The decisions of a block, in the order in which choices are listed and encoded."""
 
 
+@runtime_checkable
 class _NumpyGenerator(Protocol):
     """What we use of `numpy.random.Generator`, so that this module needs no NumPy."""
 
-    def integers(self, high: int) -> int: ...
+    def integers(self, high: int, /) -> SupportsInt: ...
 
 
 Generator = random.Random | _NumpyGenerator
@@ -81,10 +83,10 @@ class BlockSpec:
             # with one of expansion 3.
             raise ValueError("expand_ratio: 1 cannot be mixed with other ratios in an IBN")
 
-    def options(self, field: str) -> tuple:  # type: ignore[type-arg]
+    def options(self, field: str) -> tuple[Any, ...]:
         """The options of one of `CHOICE_FIELDS`."""
         names = {"op": "ops", "kernel_size": "kernel_sizes", "expand_ratio": "expand_ratios"}
-        return getattr(self, names.get(field, field))  # type: ignore[no-any-return]
+        return getattr(self, names.get(field, field))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,15 +127,20 @@ class SearchSpace:
         taps = self.fusion.tap_blocks
         if not self.blocks:
             raise ValueError("blocks: expected at least one")
-        if not taps or list(taps) != sorted(set(taps)) or not 1 <= taps[0] <= taps[-1] <= len(self.blocks):
+        if (
+            not taps
+            or list(taps) != sorted(set(taps))
+            or not 1 <= taps[0] <= taps[-1] <= len(self.blocks)
+        ):
             raise ValueError(
                 f"fusion.tap_blocks: expected ascending numbers from 1 to {len(self.blocks)}, "
                 f"got {list(taps)}"
             )
         strides = [self.block_strides[tap - 1] for tap in taps]
-        if any(after != 2 * before for before, after in zip(strides, strides[1:], strict=False)):
+        if any(after != 2 * before for before, after in pairwise(strides)):
             raise ValueError(
-                f"fusion.tap_blocks: each tap needs twice the stride of the one before, got {strides}"
+                f"fusion.tap_blocks: each tap needs twice the stride of the one before, "
+                f"got {strides}"
             )
         if self.fusion.num_levels < max(2, len(taps)) or self.fusion.num_repeats < 1:
             raise ValueError(
@@ -268,7 +275,9 @@ class SearchSpace:
         """
         if len(indices) != len(self.choices):
             raise ValueError(f"expected {len(self.choices)} indices, got {len(indices)}")
-        rows = [{field: block.options(field)[0] for field in CHOICE_FIELDS} for block in self.blocks]
+        rows = [
+            {field: block.options(field)[0] for field in CHOICE_FIELDS} for block in self.blocks
+        ]
         for choice, index in zip(self.choices, indices, strict=True):
             if not 0 <= index < len(choice.options):
                 raise ValueError(
@@ -351,7 +360,6 @@ def _draw(generator: Generator, options: int) -> int:
     return int(generator.integers(options))
 
 
-@lru_cache
 def named_space(name: str) -> SearchSpace:
     """A space shipped under `configs/spaces/`, by name, or read from a YAML file by its path.
 
@@ -364,7 +372,12 @@ def named_space(name: str) -> SearchSpace:
     if not (folder / f"{name}.yaml").is_file():
         known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
         raise FileNotFoundError(f"no search space {name}; shipped: {known}; or give a YAML file")
-    return SearchSpace.load(folder / f"{name}.yaml")
+    return _shipped_space(folder / f"{name}.yaml")
+
+
+@lru_cache
+def _shipped_space(path: Path) -> SearchSpace:
+    return SearchSpace.load(path)
 
 
 def ednas_b0() -> SearchSpace:
@@ -390,6 +403,12 @@ class _Options:
     expand_ratios: tuple[int, ...] | None = None
     filter_multipliers: tuple[float, ...] | None = None
     filters: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        """An empty list is no way to say "the default"."""
+        for field in fields(self):
+            if getattr(self, field.name) == ():
+                raise ValueError(f"{field.name}: expected at least one option")
 
 
 @dataclass(frozen=True, kw_only=True)

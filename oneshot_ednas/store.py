@@ -50,7 +50,7 @@ def write_json(path: Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> Any:  # noqa: ANN401
+def read_json(path: Path) -> Any:
     """Read JSON.
 
     Raises:
@@ -140,12 +140,13 @@ def _digest(tensors: Mapping[str, Tensor], tree: object) -> str:
     return digest.hexdigest()
 
 
-def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:  # noqa: ANN401
+def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     """JSON tree of a state; tensors go to `tensors` and leave their name."""
     if isinstance(value, Tensor):
         # A clone, since safetensors refuses tensors that share memory.
-        tensors[name] = value.detach().cpu().contiguous().clone()
-        return {"tensor": name}
+        key = f"{len(tensors)}{name}"  # the number keeps {1: ...} and {"1": ...} apart
+        tensors[key] = value.detach().cpu().contiguous().clone()
+        return {"tensor": key}
     if isinstance(value, Mapping):
         # Optimizers key their state by whole numbers, which JSON would turn into text.
         pairs = [[key, _pack(item, f"{name}/{key}", tensors)] for key, item in value.items()]
@@ -157,7 +158,7 @@ def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:  # noqa: AN
     raise TypeError(f"checkpoint entry {name} is of type {type(value).__name__}")
 
 
-def _unpack(tree: Any, tensors: Mapping[str, Tensor]) -> Any:  # noqa: ANN401
+def _unpack(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
     if isinstance(tree, dict):
         if "tensor" in tree:
             return tensors[tree["tensor"]]

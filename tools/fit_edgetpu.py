@@ -23,7 +23,6 @@ from oneshot_ednas.latency.edgetpu import (
     EdgeTpuConstants,
     HostConstants,
     PublishedNetwork,
-    leave_one_out,
     predict_ms,
     read_networks,
     score,
@@ -155,6 +154,15 @@ def fit(features: Features, start: Parameters) -> Parameters:
     return best
 
 
+def leave_one_out(networks: Sequence[PublishedNetwork], start: Parameters) -> dict[str, Any]:
+    """Score of each network under constants fitted to all the others, each fit from scratch."""
+    predicted_ms = []
+    for i, network in enumerate(networks):
+        rest = Features([*networks[:i], *networks[i + 1 :]])
+        predicted_ms.append(predict_ms(network, constants_from(fit(rest, start))))
+    return score(networks, predicted_ms)
+
+
 def print_score(title: str, report: Mapping[str, Any]) -> None:
     """One line per group."""
     print(title)
@@ -178,9 +186,7 @@ def main() -> None:
     parameters = {name: float(f"{value:.4g}") for name, value in parameters.items()}
     constants = constants_from(parameters)
     fitted = score(networks, [predict_ms(network, constants) for network in networks])
-    left_out = leave_one_out(
-        networks, lambda rest: constants_from(fit(Features(rest), start))
-    )
+    left_out = leave_one_out(networks, start)
     print_score("fit", fitted)
     print_score("leave-one-out", left_out)
     chip = {name: value for name, value in asdict(constants).items() if isinstance(value, float)}
@@ -206,7 +212,7 @@ def main() -> None:
     print(f"wrote {arguments.out}")
 
 
-def _rounded(value: Any) -> Any:  # noqa: ANN401
+def _rounded(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _rounded(item) for key, item in value.items()}
     return float(f"{value:.6g}") if isinstance(value, float) else value

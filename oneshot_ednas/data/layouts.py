@@ -64,7 +64,7 @@ def read_frame(
     manifest.check_tasks(tasks)
     check_relative(frame_id, "frame")
     stored = {
-        name: _read_file(source.path(root, frame_id), frame_id, colour=name == "image")
+        name: _read_file(source.find(root, frame_id), frame_id, colour=name == "image")
         for name, source in manifest.file_sources(tasks).items()
     }
     size = stored["image"].shape[:2]
@@ -114,8 +114,6 @@ def _derived(
 
 def _read_file(path: Path, frame_id: str, *, colour: bool) -> np.ndarray:
     """A file as stored, [height, width] or [height, width, channels]."""
-    if not path.is_file():
-        raise ValueError(f"frame {frame_id}: no file {path}; restore it or drop it from its split")
     try:
         if path.suffix.lower() == ".npy":
             array = np.load(path, allow_pickle=False)
@@ -204,7 +202,7 @@ def _vectors(
     if array.ndim != 3 or array.shape[2] != 3:
         raise ValueError(f"frame {frame_id}: expected normals of 3 channels, got {array.shape}")
     stored = array.astype(np.float64)
-    valid = np.isfinite(stored).all(axis=-1)
+    valid = np.asarray(np.isfinite(stored).all(axis=-1))
     if source.invalid is not None:
         valid &= (stored != np.array(source.invalid)).any(axis=-1)
     stored = np.where(valid[..., None], stored, 0)

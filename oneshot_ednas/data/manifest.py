@@ -50,6 +50,19 @@ class FileSource:
             return root / folder / (frame.name + self.suffix)
         return root / self.folder / (frame_id + self.suffix)
 
+    def find(self, root: Path, frame_id: str) -> Path:
+        """The file of one frame, which must exist.
+
+        Raises:
+            ValueError: naming the frame and the file that is missing.
+        """
+        path = self.path(root, frame_id)
+        if not path.is_file():
+            raise ValueError(
+                f"frame {frame_id}: no file {path}; restore it or drop the frame from its split"
+            )
+        return path
+
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSource(FileSource):

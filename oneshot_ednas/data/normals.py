@@ -15,7 +15,7 @@ def normals_from_depth(
     cy: float,
     *,
     window: int = 7,
-    labels: Integer[np.ndarray, "height width"] | None = None,
+    labels: Integer[np.ndarray, "..."] | None = None,
 ) -> Float32[np.ndarray, "height width 3"]:
     """Unit normals of the least-squares plane around each pixel, pointing towards the camera.
 
@@ -58,7 +58,8 @@ def normals_from_depth(
     rows, columns = np.arange(depth.shape[0])[:, None], np.arange(depth.shape[1])
     normal = np.stack([gu * fx, gv * fy, centre - gu * (columns - cx) - gv * (rows - cy)], axis=-1)
     length = np.sqrt(np.einsum("hwc,hwc->hw", normal, normal))
-    usable &= length > 0
+    # A plane that the ray of its pixel does not meet in front of the camera cannot be seen there.
+    usable &= centre > 0
     scale = np.divide(-1.0, length, out=np.zeros_like(length), where=usable)
     return (normal * scale[..., None]).astype(np.float32)
 

@@ -14,7 +14,10 @@ import numpy as np
 RENDERER_VERSION = 1
 """Part of every seed; raise it when a change alters any frame."""
 SPLITS = ("train", "val", "test")
-CLASSES = tuple("road sidewalk building pole vegetation sky car person grass sign".split())
+CLASSES = (
+    *("road", "sidewalk", "building", "pole", "vegetation"),
+    *("sky", "car", "person", "grass", "sign"),
+)
 ROAD, SIDEWALK, BUILDING, POLE, VEGETATION, SKY, CAR, PERSON, GRASS, SIGN = range(len(CLASSES))
 PALETTE = np.frombuffer(
     bytes.fromhex("804080 e878dc 5a5a64 bebe96 287828 64aadc 1e28aa dc283c 96e682 f0d214"), np.uint8
@@ -31,14 +34,18 @@ _COLOURS = {  # linear reflectances of the classes that have typical ones; the r
     SIGN: ((0.6, 0.04, 0.04), (0.03, 0.1, 0.5), (0.7, 0.5, 0.03), (0.02, 0.3, 0.1), (0.7,) * 3),
     PERSON: ((0.6, 0.38, 0.27), (0.4, 0.22, 0.13), (0.2, 0.1, 0.06), (0.7, 0.5, 0.4)),
 }
-# `half` is half the size in metres; `top` is a block's width and length at its top, relative to
-# its bottom. A solid fills -1..1 on each axis of its own frame.
+# A solid fills -1..1 on each axis of its own frame. `half` is half its size in metres; `top` is a
+# block's width and length at its top, relative to its bottom.
 _SOLID = np.dtype(
-    [("label", int), ("center", float, 3), ("half", float, 3), ("yaw", float), ("texture", int)]
-    + [("colour", float, 3), ("shape", int), ("top", float, 2), ("seed", int)]  # noqa: RUF005
+    [
+        *(("label", np.int64), ("texture", np.int64), ("shape", np.int64), ("seed", np.int64)),
+        *(("center", float, 3), ("half", float, 3), ("yaw", float)),
+        *(("top", float, 2), ("colour", float, 3)),
+    ]
 )
+_Array = np.ndarray
+_Vector = Sequence[float | int] | _Array  # beartype, which tests use, takes no int for a float
 _Pose = tuple[float, float, float]  # x and z in metres, yaw in radians
-_Vector = Sequence[float] | np.ndarray
 
 
 class _Street:
@@ -51,21 +58,21 @@ class _Street:
         self.cross_near = rng.uniform(12, 45) if rng.random() < 0.5 else 200.0
         self.cross_far = self.cross_near + rng.uniform(6, 10)
         self.traffic_side = rng.choice((-1, 1))
-        self._add(GRASS, (0, 0, 0), (1200, 1, 1200), -1)
+        self._add(GRASS, (0.0, 0.0, 0.0), (1200, 1, 1200), -1.0)
         paving = rng.uniform(0.12, 0.45) * rng.uniform(0.85, 1.1, 3)
         for side in (-1, 1):
             for near, far in ((-20, self.cross_near), (self.cross_far, 250)):
-                pose = (side * (self.road_half + self.walk / 2), (near + far) / 2, 0)
-                self._add(SIDEWALK, pose, (self.walk, 0.14, far - near), 0, paving)
+                pose = (side * (self.road_half + self.walk / 2), (near + far) / 2, 0.0)
+                self._add(SIDEWALK, pose, (self.walk, 0.14, far - near), 0.0, paving)
             self._buildings(side)
             self._kerbside(side)
             self._cars(side)
-        for _ in range(rng.integers(2, 10)):
+        for _ in range(rng.integers(3, 13)):
             on_walk = self.road_half + rng.uniform(0.4, self.walk)
             x = on_walk if rng.random() < 0.75 else rng.uniform(0, self.road_half)
-            self._person((x * rng.choice((-1, 1)), rng.uniform(5, 28), rng.uniform(-3, 3)))
+            self._person((x * rng.choice((-1, 1)), rng.uniform(4, 26), rng.uniform(-3, 3)))
         for x in rng.uniform(-60, 60, rng.integers(3, 9)):  # a skyline, beyond MAX_DEPTH_M
-            self._add(BUILDING, (x, rng.uniform(100, 160), 0), rng.uniform((8, 3, 8), 30))
+            self._add(BUILDING, (x, rng.uniform(100, 160), 0.0), rng.uniform((8, 3, 8), 30))
 
     def _add(
         self,
@@ -84,11 +91,11 @@ class _Street:
         cos, sin, half = math.cos(pose[2]), math.sin(pose[2]), np.array(size) / 2
         x, z = pose[0] + cos * shift[0] + sin * shift[1], pose[1] + cos * shift[1] - sin * shift[0]
         colour = self._colour(label) if colour is None else colour
-        look = (label if texture is None else texture, colour, shape, top)
-        center, seed = (x, -bottom - half[1], z), self.rng.integers(1 << 20)
-        self.rows.append((label, center, half, pose[2], *look, seed))
+        look = (label if texture is None else texture, shape, self.rng.integers(1 << 20))
+        place = ((x, -bottom - half[1], z), half, pose[2], top)
+        self.rows.append((label, *look, *place, colour))
 
-    def _colour(self, label: int) -> np.ndarray:
+    def _colour(self, label: int) -> _Array:
         if label in _COLOURS:
             return self.rng.choice(_COLOURS[label]) * self.rng.uniform(0.7, 1.3, 3)
         tint = 1 - self.rng.uniform(0, 1) ** 2 * self.rng.uniform(0, 1, 3)
@@ -105,7 +112,7 @@ class _Street:
     def _buildings(self, side: int) -> None:
         rng, setback = self.rng, self.rng.uniform(0, 1) ** 2 * 7
         tallest, edge = rng.uniform(5, 24), side * (self.road_half + self.walk)
-        for z, length in self._spots(rng.uniform(-9, -3), 6, 17):
+        for z, length in self._spots(rng.uniform(-9, -3), 6.0, 17.0):
             pose = (edge + side * (setback + rng.uniform(4.5, 5.3)), z + length / 2, 0.0)
             if setback > 3 and rng.random() < 0.5:
                 hedge = (0.8, rng.uniform(0.7, 1.7), length * 0.9)
@@ -125,7 +132,7 @@ class _Street:
 
     def _kerbside(self, side: int) -> None:
         rng, tree_share = self.rng, self.rng.uniform(0, 0.7)
-        for z, _ in self._spots(rng.uniform(3, 8), 4, 10):
+        for z, _ in self._spots(rng.uniform(3, 8), 4.0, 10.0):
             pose = (side * (self.road_half + rng.uniform(0.3, 0.7)), z, rng.normal(0, 0.15))
             if rng.random() < tree_share:
                 self._tree(pose)
@@ -137,15 +144,15 @@ class _Street:
                 arm, shift = (reach, 0.14, 0.2), (-side * reach / 2, 0.0)
                 self._add(POLE, pose, arm, height, colour, shift=shift)
             elif kind > 0.15:
-                plate, shape = rng.uniform((0.6, 0.6, 0.08), (1.1, 1.3, 0.08)), rng.integers(2)
+                plate, shape = rng.uniform((0.6, 0.6, 0.08), (1.1, 1.3, 0.08)), int(rng.integers(2))
                 self._add(SIGN, pose, plate, height - plate[1], None, shape, shift=(0, -thick))
-            self._add(POLE, pose, (thick, height, thick), 0, colour, _TUBE)
+            self._add(POLE, pose, (thick, height, thick), 0.0, colour, _TUBE)
 
     def _tree(self, pose: _Pose) -> None:
         rng, leaves = self.rng, self._colour(VEGETATION)
         trunk, spread = rng.uniform((1.8, 1.3), (3.2, 2.2))
         wood = (spread / 6, trunk + 0.8, spread / 6)
-        self._add(VEGETATION, pose, wood, 0, (0.13, 0.09, 0.06), _TUBE)
+        self._add(VEGETATION, pose, wood, 0.0, (0.13, 0.09, 0.06), _TUBE)
         for level in range(rng.integers(3, 7)):
             crown, shift = spread * rng.uniform(0.8, 1.5, 3), rng.normal(0, spread / 4, 2)
             bottom = trunk + level * spread * 0.3
@@ -154,10 +161,10 @@ class _Street:
     def _cars(self, side: int) -> None:
         rng, parked_share = self.rng, self.rng.uniform(0, 0.8)
         x, heading = side * (self.road_half - 1.05), math.pi * (side != self.traffic_side)
-        for z, _ in self._spots(rng.uniform(3, 8), 5.8, 8):
+        for z, _ in self._spots(rng.uniform(3, 8), 5.8, 8.0):
             if rng.random() < parked_share:
                 self._car((x, z, rng.normal(heading, 0.03)))
-        for z, _ in self._spots(rng.uniform(8, 30), 9, 40):
+        for z, _ in self._spots(rng.uniform(8, 30), 9.0, 40.0):
             driving = side * min(self.lane / 2, self.road_half - 3.2)
             self._car((driving, z, rng.normal(heading, 0.04)))
 
@@ -174,7 +181,7 @@ class _Street:
         self._add(CAR, pose, roof, 0.22 + low, paint, texture=_GLASS, shift=shift, top=top)
         for right, front in ((-0.46, -0.3), (0.46, -0.3), (-0.46, 0.31), (0.46, 0.31)):
             wheel, shift = (0.24, 0.64, 0.64), (right * width, front * length)
-            self._add(CAR, pose, wheel, 0, (0.02,) * 3, _BALL, texture=_PLAIN, shift=shift)
+            self._add(CAR, pose, wheel, 0.0, (0.02,) * 3, _BALL, texture=_PLAIN, shift=shift)
 
     def _person(self, pose: _Pose) -> None:
         coat, trousers = self._colour(CAR), self._colour(CAR)
@@ -182,7 +189,7 @@ class _Street:
         for side in (-1, 1):
             leg, arm = (side * 0.1, side * stride), (side * 0.26, -side * stride)
             sleeve = (0.14, tall * 0.38, 0.16)
-            self._add(PERSON, pose, (0.17, tall / 2, 0.2), 0, trousers, _TUBE, shift=leg)
+            self._add(PERSON, pose, (0.17, tall / 2, 0.2), 0.0, trousers, _TUBE, shift=leg)
             self._add(PERSON, pose, sleeve, tall * 0.44, coat, _BALL, shift=arm)
         self._add(PERSON, pose, (0.48, tall * 0.46, 0.32), tall * 0.42, coat, _BALL)
         self._add(PERSON, pose, (0.22, 0.27, 0.24), tall - 0.27, None, _BALL)
@@ -201,9 +208,9 @@ class _Solids:
         self.corners = table["center"][:, None] + (signs * table["half"][:, None]) @ self.turn
         self.faces = np.concatenate((np.eye(3), -np.eye(3))) + np.zeros((len(rows), 1, 1))
         self.faces[:, [0, 3, 2, 5], 1] = np.repeat(table["top"] - 1, 2, 1) / 2  # outward normals
-        self.reach = 1 + self.faces[:, :, 1] * (self.faces[:, :, 1] > -1) * 1.0
+        self.reach = 1 + np.where(np.abs(self.faces[:, :, 1]) < 1, self.faces[:, :, 1], 0)
 
-    def hit(self, k: int, origin: np.ndarray, direction: np.ndarray) -> np.ndarray:
+    def hit(self, k: int, origin: _Array, direction: _Array) -> _Array:
         """Distance to solid `k`, in units of `direction`; inf for a miss or a start inside it."""
         start = self.to_local[k] @ (origin - self.table["center"][k][:, None])
         step = self.to_local[k] @ direction
@@ -224,8 +231,8 @@ class _Solids:
                 found &= root > a * 0.5 * _noise(7 * x + 5 * z, 9 * y, self.table["seed"][k])
         return np.where(found & (enter > 1e-6), enter, np.inf)
 
-    def surface(self, which: np.ndarray, point: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Position (-1..1) and unit normal in the solids' frames, and the unit normal in the world."""
+    def surface(self, which: _Array, point: _Array) -> tuple[_Array, ...]:
+        """Position (-1..1) and unit normal in the solids' frames; unit normal in the world."""
         half, shape = self.table["half"][which].T, self.table["shape"][which]
         local = point - self.table["center"][which].T
         local = np.einsum("nij,jn->in", self.to_local[which], local)
@@ -237,9 +244,7 @@ class _Solids:
         return local, normal, np.einsum("nji,jn->in", self.turn[which], normal)
 
 
-def _candidates(
-    spot: np.ndarray, low: np.ndarray, high: np.ndarray
-) -> Iterator[tuple[int, np.ndarray]]:
+def _candidates(spot: _Array, low: _Array, high: _Array) -> Iterator[tuple[int, _Array]]:
     """Yields each solid and the spots [2, n] that lie in its bounds (low, high [solids, 2])."""
     order = np.argsort(spot[0])
     first, last = (np.searchsorted(spot[0, order], edge[:, 0]) for edge in (low, high))
@@ -250,9 +255,7 @@ def _candidates(
             yield k, near
 
 
-def _first_hits(
-    solids: _Solids, eye: np.ndarray, turn: np.ndarray, sight: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def _first_hits(solids: _Solids, eye: _Array, turn: _Array, sight: _Array) -> tuple[_Array, _Array]:
     """The z-depth (inf for none) and the index of the first solid on each ray (0 for none)."""
     depth, which = np.full(sight.shape[1], np.inf), np.zeros(sight.shape[1], int)
     corners, rays = (solids.corners - eye) @ turn, turn @ sight
@@ -265,7 +268,7 @@ def _first_hits(
     return depth, which
 
 
-def _sunlit(solids: _Solids, points: np.ndarray, sun: np.ndarray) -> np.ndarray:
+def _sunlit(solids: _Solids, points: _Array, sun: _Array) -> _Array:
     """Whether no solid stands between each point and the sun."""
     across = np.cross(sun, (0.0, 0.0, 1.0))
     plane = np.stack((across, np.cross(sun, across)))
@@ -276,16 +279,20 @@ def _sunlit(solids: _Solids, points: np.ndarray, sun: np.ndarray) -> np.ndarray:
     return lit
 
 
-def _hash(x: np.ndarray, y: np.ndarray, seed: np.ndarray | int) -> np.ndarray:
+def _hash(x: _Array, y: _Array, seed: _Array | np.int64 | int) -> _Array:
     """A value in 0..1 for each pair of whole numbers, from integer arithmetic."""
-    key = np.asarray(x, int) * 0x9E3779B1 + np.asarray(y, int) * 0x85EBCA77 + seed * 0xC2B2AE3D
+    key = (
+        np.asarray(x, np.int64) * 0x9E3779B1
+        + np.asarray(y, np.int64) * 0x85EBCA77
+        + seed * 0xC2B2AE3D
+    )
     for shift, factor in ((15, 0x2C1B3C6D), (12, 0x297A2D39)):
         key &= 0xFFFFFFFF
         key = (key ^ (key >> shift)) * factor
     return ((key >> 7) & 0xFFFF) / 65535
 
 
-def _noise(x: np.ndarray, y: np.ndarray, seed: np.ndarray | int) -> np.ndarray:
+def _noise(x: _Array, y: _Array, seed: _Array | np.int64 | int) -> _Array:
     """Smooth random values in 0..1 with a unit lattice."""
     left, top = np.floor(x), np.floor(y)
     s, t = (part * part * (3 - 2 * part) for part in (x - left, y - top))
@@ -294,7 +301,7 @@ def _noise(x: np.ndarray, y: np.ndarray, seed: np.ndarray | int) -> np.ndarray:
     return upper * (1 - t) + lower * t
 
 
-def _reflectance(table: np.ndarray, local: np.ndarray, facing: np.ndarray) -> np.ndarray:
+def _reflectance(table: _Array, local: _Array, facing: _Array) -> _Array:
     """Textured colours where `local` and `facing` are position and normal on each table row."""
     seed, texture, half = table["seed"], table["texture"], table["half"].T
     flat, sideways = np.abs(facing[1]) > 0.75, np.abs(facing[0]) > np.abs(facing[2])
@@ -324,7 +331,7 @@ def _reflectance(table: np.ndarray, local: np.ndarray, facing: np.ndarray) -> np
     return np.where(pane & ~flat, np.array([[0.05], [0.06], [0.08]]) * blind, colour)
 
 
-def _ground(street: _Street, x: np.ndarray, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _ground(street: _Street, x: _Array, z: _Array) -> tuple[_Array, _Array]:
     """Whether points of the ground are road, and their colours."""
     rng, beyond = street.rng, z - street.cross_near
     fine, coarse = _noise(x * 12, z * 12, 1), _noise(x * 0.4, z * 0.15, 2)
@@ -342,16 +349,35 @@ def _ground(street: _Street, x: np.ndarray, z: np.ndarray) -> tuple[np.ndarray, 
     return is_road, colour * (0.6 + 0.4 * coarse + 0.4 * fine)
 
 
-def _sky(
-    rng: np.random.Generator, way: np.ndarray, zenith: np.ndarray, haze: np.ndarray
-) -> np.ndarray:
-    """Colours of the sky and its clouds in the directions `way`."""
-    up, seed = np.maximum(-way[1], 0), int(rng.integers(1 << 20))
-    x, z = way[[0, 2]] / (up + 0.12)
+def _light(
+    rng: np.random.Generator,
+    solids: _Solids,
+    colour: _Array,
+    point: _Array,
+    normal: _Array,
+    depth: _Array,
+    skyward: _Array,
+) -> tuple[_Array, _Array]:
+    """Light from surfaces, under a sun and sky drawn here, and from the sky in some directions."""
+    cloudy = rng.uniform(0, 1) ** 2 if rng.random() < 0.6 else rng.uniform(0.8, 1)
+    elevation = rng.uniform(0.3, 1.2) * (1 - cloudy) + 1.5 * cloudy  # grey light falls from above
+    azimuth, level = rng.uniform(0, 2 * math.pi), math.cos(elevation)
+    sun = np.array((level * math.cos(azimuth), -math.sin(elevation), level * math.sin(azimuth)))
+    sunshine = (1.9 - 1.4 * cloudy) * np.array((1.0, 0.75, 0.45)) ** (rng.uniform() * (1 - cloudy))
+    zenith = np.array((0.1, 0.25, 0.6)) * (1 - cloudy) + 0.55 * cloudy
+    haze = np.array((0.55, 0.65, 0.8)) * (1 - cloudy) + 0.75 * cloudy
+    lambert = np.maximum(sun @ normal, 0)
+    lambert[lambert > 0] *= _sunlit(solids, (point + 0.01 * normal)[:, lambert > 0], sun)
+    ambient = (0.3 + 0.35 * cloudy) * (0.75 - 0.25 * normal[1]) * (zenith + haze)[:, None]
+    clear = np.exp(-depth / rng.choice((60, 150, 400, 900)))  # the rest is fog
+    surface = colour * (ambient + sunshine[:, None] * lambert) * clear
+    up, seed = np.maximum(-skyward[1], 0), int(rng.integers(1 << 20))
+    x, z = skyward[[0, 2]] / (up + 0.12)
     cloud = 0.65 * _noise(1.3 * x, 1.3 * z, seed) + 0.35 * _noise(4 * x, 4 * z, seed)
     cover = np.clip((cloud - rng.uniform(0.25, 0.9)) * 4, 0, 1) * np.minimum(1, up * 5)
-    clear = zenith[:, None] + (haze - zenith)[:, None] * (1 - np.minimum(up * 1.6, 1)) ** 2
-    return clear + (0.9 * haze[:, None] + 0.1 - clear) * cover
+    sky = zenith[:, None] + (haze - zenith)[:, None] * (1 - np.minimum(up * 1.6, 1)) ** 2
+    sky += (0.9 * haze[:, None] + 0.1 - sky) * cover
+    return surface + haze[:, None] * (1 - clear), sky
 
 
 def intrinsics(height: int, width: int) -> tuple[float, float, float]:
@@ -364,7 +390,7 @@ def intrinsics(height: int, width: int) -> tuple[float, float, float]:
 
 def render_frame(
     index: int, *, height: int = 64, width: int = 128, split: str = "train"
-) -> dict[str, np.ndarray]:
+) -> dict[str, _Array]:
     """One street as an image with exact ground truth, the same at every call.
 
     Args:
@@ -394,13 +420,11 @@ def render_frame(
     solids = _Solids(street.rows)
     aside = street.traffic_side * rng.uniform(0, min(1.6, street.road_half - 2.6))
     eye = np.array((aside, -rng.uniform(1.2, 2.3), 0.0))
-    (sin_pitch, sin_yaw) = np.sin(rng.normal((0.02, 0.0), (0.03, 0.1)))
+    sin_pitch, sin_yaw = np.sin(rng.normal((0.02, 0.0), (0.03, 0.1)))
     cos_pitch, cos_yaw = math.sqrt(1 - sin_pitch**2), math.sqrt(1 - sin_yaw**2)
-    turn = np.array(((cos_yaw, 0, sin_yaw), (0, 1, 0), (-sin_yaw, 0, cos_yaw))) @ (
-        (1, 0, 0),
-        (0, cos_pitch, sin_pitch),
-        (0, -sin_pitch, cos_pitch),
-    )  # camera axes to the world's
+    tilt = np.array(((1, 0, 0), (0, cos_pitch, sin_pitch), (0, -sin_pitch, cos_pitch)))
+    pan = np.array(((cos_yaw, 0, sin_yaw), (0, 1, 0), (-sin_yaw, 0, cos_yaw)))
+    turn = pan @ tilt  # camera axes to the world's
     focal, x, y = intrinsics(height, width)
     v, u = np.indices((height, width)).reshape(2, -1) + 0.5 - np.array(((y,), (x,)))
     sight = np.stack((u / focal, v / focal, np.ones_like(u)))
@@ -415,31 +439,19 @@ def render_frame(
     normals[:, hit] = turn.T @ normal
     colour = np.where(which == 0, ground, _reflectance(table, local, facing))
 
-    cloudy = rng.uniform(0, 1) ** 2 if rng.random() < 0.6 else rng.uniform(0.8, 1)
-    height_rad = rng.uniform(0.3, 1.2) * (1 - cloudy) + 1.5 * cloudy
-    azimuth = rng.uniform(0, 2 * math.pi)
-    level = math.cos(height_rad)
-    sun = np.array((level * math.cos(azimuth), -math.sin(height_rad), level * math.sin(azimuth)))
-    sunshine = (1.9 - 1.4 * cloudy) * np.array((1.0, 0.75, 0.45)) ** (rng.uniform() * (1 - cloudy))
-    zenith = np.array((0.1, 0.25, 0.6)) * (1 - cloudy) + 0.55 * cloudy
-    haze = np.array((0.55, 0.65, 0.8)) * (1 - cloudy) + 0.75 * cloudy
-    lambert = np.maximum(sun @ normal, 0)
-    lambert[lambert > 0] *= _sunlit(solids, (point + 0.01 * normal)[:, lambert > 0], sun)
-    skylight = (0.3 + 0.35 * cloudy) * (0.75 - 0.25 * normal[1]) * (zenith + haze)[:, None]
-    fog = 1 - np.exp(-depth[hit] / rng.choice((60, 150, 400, 900)))
     light = np.empty((3, *hit.shape))
-    light[:, hit] = colour * (skylight + sunshine[:, None] * lambert) * (1 - fog)
-    light[:, hit] += haze[:, None] * fog
-    light[:, ~hit] = _sky(rng, rays[:, ~hit], zenith, haze)
+    light[:, hit], light[:, ~hit] = _light(
+        rng, solids, colour, point, normal, depth[hit], rays[:, ~hit]
+    )
 
-    gain = rng.uniform(0.55, 1.25) * rng.uniform(0.88, 1.12, (3, 1))
+    gain = rng.uniform(0.65, 1.4) * rng.uniform(0.88, 1.12, (3, 1))
     image = np.sqrt(light * gain * (1 - rng.uniform(0, 0.5) * (sight[0] ** 2 + sight[1] ** 2)))
     image += rng.uniform(0.004, 0.035) * rng.standard_normal(image.shape)
     image = np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
     depth = np.where(depth <= MAX_DEPTH_M, depth, 0).astype(np.float32)
     return {
-        "image": image.T.reshape(height, width, 3),
+        "image": image.T.copy().reshape(height, width, 3),
         "segmentation": label.reshape(height, width),
         "depth": depth.reshape(height, width),
-        "normals": normals.T.astype(np.float16).reshape(height, width, 3),
+        "normals": normals.T.astype(np.float16, order="C").reshape(height, width, 3),
     }

@@ -110,7 +110,10 @@ class SpaceCosts:
             if depth == len(self.block_ms):
                 # Summed in the same order as `totals`, so the two are equal to the last bit.
                 return ms + self.streaming_ms(size)
-            block_ms, block_bytes = self.block_ms[depth][in_width], self.block_bytes[depth][in_width]
+            block_ms, block_bytes = (
+                self.block_ms[depth][in_width],
+                self.block_bytes[depth][in_width],
+            )
             for cell in np.ndindex(block_ms.shape):
                 count += 1
                 after = (
@@ -160,6 +163,9 @@ def space_costs(
         output_ms_per_byte: transfer of the output maps.
         cache_bytes: parameter bytes that stay on the chip.
         streaming_ms_per_byte: per parameter byte beyond the cache.
+
+    Raises:
+        ValueError: if a block's option costs nothing, or `price` refuses an operation.
     """
     block_ms, block_bytes = [], []
     taps = {number - 1: tap for tap, number in enumerate(space.fusion.tap_blocks)}
@@ -175,6 +181,8 @@ def space_costs(
                 for block in block_options(spec)
             ]
         ).reshape(len(ways), *shape, 2)
+        if not (prices[..., 0] > 0).all():
+            raise ValueError(f"block {index + 1} has an option of 0 ms; no operation is free")
         if index in taps:
             laterals = [
                 [

@@ -14,7 +14,7 @@ weights streamed more than once per inference (seen in chains of wide convolutio
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,12 +24,11 @@ import numpy as np
 from oneshot_ednas.schema import nearest, shipped
 
 OPS = ("conv", "dw", "fc", "tconv", "pool", "add", "mul", "concatenation", "resize")
-CLOCKS_MHZ = (500, 250)
-
-_CACHED_OPS = ("conv", "dw", "fc", "tconv")
+CACHED_OPS = ("conv", "dw", "fc", "tconv")
 ELEMENTWISE_OPS = ("add", "mul", "concatenation", "resize")
+CLOCKS_MHZ = (500, 250)  # libedgetpu1-max and -std
+BIAS_BYTES = 8  # per channel: the int32 bias and as much again, as compiler reports add up
 _PARTITIONS = tuple((y, x, 16 // (y * x)) for y in (1, 2, 4) for x in (1, 2, 4))
-_ROW_BYTES_PER_CHANNEL = 8  # int32 bias and a 4-byte requantisation entry, as the compiler reports
 
 
 class Layer(NamedTuple):
@@ -69,17 +68,17 @@ def work(layer: Layer) -> Work:
     traffic = inputs + height * width * _padded(channels, 4)
     depth = kernel * kernel_w * math.ceil(in_channels / 4)
     cells = math.ceil(channels / 16)
-    if op == "conv":
-        return Work(depth * split_units(height, width, cells), 0, traffic, 0)
-    if op == "tconv":  # each input pixel is spread over the kernel
-        return Work(depth * split_units(in_height, in_width, cells), 0, traffic, 0)
+    if op in ("conv", "tconv"):  # transposed: each input pixel is spread over the kernel
+        size = (height, width) if op == "conv" else (in_height, in_width)
+        return Work(depth * split_units(*size, cells), 0, traffic, 0)
     if op == "fc":
         weights = _padded(in_channels, 4) * _padded(channels, 64)
         return Work(math.ceil(in_channels / 4) * split_units(1, 1, cells), 0, traffic, weights)
     # A pooling window is a depthwise one; a global pool only reads its input.
     if op == "dw" or (op == "pool" and height * width > 1):
-        pixels = split_units(height, width, math.ceil(channels / 4))
-        return Work(0, pixels * depthwise_factor(kernel, kernel_w, stride), traffic, 0)
+        # 3 units a pixel at 3x3 and 5 at stride 2, as the compiler has it; else extrapolated.
+        factor = math.ceil(kernel * kernel_w / (3 if stride == 1 else 1.8))
+        return Work(0, factor * split_units(height, width, math.ceil(channels / 4)), traffic, 0)
     return Work(0, 0, traffic + (inputs if op == "add" else 0), 0)
 
 
@@ -89,21 +88,6 @@ def split_units(height: int, width: int, depth: int) -> int:
         math.ceil(height / y) * math.ceil(width / x) * math.ceil(depth / z)
         for y, x, z in _PARTITIONS
     )
-
-
-def depthwise_factor(kernel_height: int, kernel_width: int, stride: int) -> int:
-    """Units per pixel of a depthwise window: 3 (3x3) and 5 (3x3 stride 2) as the compiler has it."""
-    return math.ceil(kernel_height * kernel_width / (3 if stride == 1 else 1.8))
-
-
-def parameter_bytes(layer: Layer) -> int:
-    """Bytes an op's int8 weights and biases take in the parameter cache (channels to 64)."""
-    if layer.op not in _CACHED_OPS:
-        return 0
-    channels = _padded(layer.out_channels, 64)
-    depth = 1 if layer.op == "dw" else _padded(layer.in_channels, 4)
-    window = layer.kernel_height * layer.kernel_width
-    return channels * (window * depth + _ROW_BYTES_PER_CHANNEL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +101,7 @@ class HostConstants:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if not (math.isfinite(value) and value >= 0):
+            if not 0 <= value < math.inf:
                 raise ValueError(f"Edge TPU host constant {name} must be 0 or more, got {value}")
 
 
@@ -141,7 +125,7 @@ class EdgeTpuConstants:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if isinstance(value, (int, float)) and not (math.isfinite(value) and value > 0):
+            if isinstance(value, (int, float)) and not 0 < value < math.inf:
                 raise ValueError(f"Edge TPU constant {name} must be positive, got {value}")
 
     @classmethod
@@ -155,12 +139,8 @@ class EdgeTpuConstants:
         values = _read_json(path)
         try:
             hosts = {name: HostConstants(**host) for name, host in values["hosts"].items()}
-            chip = {**values["chip"], "hosts": hosts}
-            return cls(
-                **chip,
-                leave_one_out=values.get("leave_one_out", {}),
-                provenance=values.get("provenance", {}),
-            )
+            notes = {key: values.get(key, {}) for key in ("leave_one_out", "provenance")}
+            return cls(**values["chip"], **notes, hosts=hosts)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{path}: expected Edge TPU constants ({error}); refit with tools/fit_edgetpu.py"
@@ -204,7 +184,7 @@ class EdgeTpu:
 
     @property
     def streaming_ms_per_byte(self) -> float:
-        """Transfer of parameters that do not fit the cache, at each inference."""
+        """Transfer, at each inference, of parameters beyond the cache."""
         return self.constants.hosts[self.host].streaming_ns_per_byte * 1e-6
 
     @property
@@ -213,8 +193,12 @@ class EdgeTpu:
         return self.constants.cache_bytes
 
     def parameter_bytes(self, layer: Layer) -> int:
-        """Bytes of one op's parameters as cached."""
-        return parameter_bytes(layer)
+        """Bytes one op's int8 weights and biases take in the cache: channels padded to 4 and 64."""
+        if layer.op not in CACHED_OPS:
+            return 0
+        depth = 1 if layer.op == "dw" else _padded(layer.in_channels, 4)
+        window = layer.kernel_height * layer.kernel_width
+        return _padded(layer.out_channels, 64) * (window * depth + BIAS_BYTES)
 
     def layer_ms(self, layer: Layer) -> float:
         """On-chip time of one op, its parameters in the cache.
@@ -237,9 +221,9 @@ class EdgeTpu:
         self,
         layers: Iterable[Layer],
         *,
-        input_bytes: float,
-        output_bytes: float,
-        offchip_parameter_bytes: float | None = None,
+        input_bytes: int | float,
+        output_bytes: int | float,
+        offchip_parameter_bytes: int | float | None = None,
     ) -> float:
         """Time of one inference.
 
@@ -255,8 +239,8 @@ class EdgeTpu:
         """
         layers = list(layers)
         if offchip_parameter_bytes is None:
-            cached = sum(parameter_bytes(layer) for layer in layers)
-            offchip_parameter_bytes = max(0.0, cached - self.cache_bytes)
+            excess = sum(map(self.parameter_bytes, layers)) - self.cache_bytes
+            offchip_parameter_bytes = max(0.0, excess)
         if min(input_bytes, output_bytes, offchip_parameter_bytes) < 0:
             raise ValueError(
                 f"expected input, output and off-chip bytes of 0 or more, "
@@ -267,7 +251,7 @@ class EdgeTpu:
             + self.input_ms_per_byte * input_bytes
             + self.output_ms_per_byte * output_bytes
             + self.streaming_ms_per_byte * offchip_parameter_bytes
-            + sum(self.layer_ms(layer) for layer in layers)
+            + sum(map(self.layer_ms, layers))
         )
 
 
@@ -313,14 +297,9 @@ def score_networks(
     constants = constants or EdgeTpuConstants.load()
     networks = read_networks(source)
     predicted_ms = [predict_ms(network, constants) for network in networks]
+    shown = ("group", "model", "host", "measured_ms")
     rows = [
-        {
-            "group": network.group,
-            "model": network.model,
-            "host": network.host,
-            "measured_ms": network.measured_ms,
-            "predicted_ms": predicted,
-        }
+        {**{key: getattr(network, key) for key in shown}, "predicted_ms": predicted}
         for network, predicted in zip(networks, predicted_ms, strict=True)
     ]
     leave_one_out = dict(constants.leave_one_out)
@@ -360,18 +339,6 @@ def score(networks: Sequence[PublishedNetwork], predicted_ms: Sequence[float]) -
     return {"all": errors(np.ones(len(names), dtype=bool)), "groups": groups}
 
 
-def leave_one_out(
-    networks: Sequence[PublishedNetwork],
-    fit: Callable[[Sequence[PublishedNetwork]], EdgeTpuConstants],
-) -> dict[str, Any]:
-    """Score of each network under constants fitted to all the others."""
-    predicted_ms = [
-        predict_ms(network, fit([*networks[:i], *networks[i + 1 :]]))
-        for i, network in enumerate(networks)
-    ]
-    return score(networks, predicted_ms)
-
-
 def spearman(a: np.ndarray, b: np.ndarray) -> float | None:
     """Rank correlation, ties averaged; None for fewer than two values or constant ones."""
     ranks = []
@@ -387,7 +354,7 @@ def _padded(channels: int, multiple: int) -> int:
     return multiple * math.ceil(channels / multiple)
 
 
-def _read_json(path: Path) -> Any:  # noqa: ANN401
+def _read_json(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
     try:
@@ -400,48 +367,36 @@ def _network(values: object, where: str) -> PublishedNetwork:
     if not isinstance(values, Mapping):
         raise ValueError(f"{where}: expected an object, got {values!r}")
     where = f"{where} ({values.get('model', 'no model')})"
-    text = {key: _text(values, key, where) for key in ("group", "model", "device", "host", "bus")}
-    numbers = {
-        key: _number(values, key, where)
-        for key in ("measured_ms", "input_bytes", "output_bytes")
-        + (("offchip_param_bytes",) if "offchip_param_bytes" in values else ())
-    }
-    if numbers["measured_ms"] == 0:
+    for key in ("group", "model", "device", "host", "bus"):
+        if not isinstance(values.get(key), str):
+            raise ValueError(f"{where}: {key} must be text, got {values.get(key)!r}")
+    offchip = "offchip_param_bytes"
+    for key in ("measured_ms", "input_bytes", "output_bytes", *{offchip} & values.keys()):
+        value: Any = values.get(key)
+        # `type` because true and false are integers to isinstance.
+        if type(value) not in (int, float) or not 0 <= value < math.inf:
+            raise ValueError(f"{where}: {key} must be a number of 0 or more, got {value!r}")
+    if values["measured_ms"] == 0:
         raise ValueError(f"{where}: measured_ms must be positive, got 0")
     layers = values.get("layers")
     if not isinstance(layers, list) or not layers:
         raise ValueError(f"{where}: layers must be a non-empty list, got {layers!r}")
     return PublishedNetwork(
-        group=text["group"],
-        model=text["model"],
-        host=_host(text["device"], text["bus"], where),
-        measured_ms=numbers["measured_ms"],
-        input_bytes=numbers["input_bytes"],
-        output_bytes=numbers["output_bytes"],
-        offchip_param_bytes=numbers.get("offchip_param_bytes"),
+        group=values["group"],
+        model=values["model"],
+        host=_host(values["device"], values["bus"], where),
+        measured_ms=float(values["measured_ms"]),
+        input_bytes=float(values["input_bytes"]),
+        output_bytes=float(values["output_bytes"]),
+        offchip_param_bytes=float(values[offchip]) if offchip in values else None,
         layers=tuple(_layer(layer, f"{where}: layers[{i}]") for i, layer in enumerate(layers)),
     )
 
 
-def _text(values: Mapping[str, Any], key: str, where: str) -> str:
-    value = values.get(key)
-    if not isinstance(value, str):
-        raise ValueError(f"{where}: {key} must be text, got {value!r}")
-    return value
-
-
-def _number(values: Mapping[str, Any], key: str, where: str) -> float:
-    value = values.get(key)
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value < 0:
-        raise ValueError(f"{where}: {key} must be a number of 0 or more, got {value!r}")
-    return float(value)
-
-
 def _layer(values: object, where: str) -> Layer:
-    fields = len(Layer._fields)
-    if not isinstance(values, (list, tuple)) or len(values) != fields:
-        raise ValueError(f"{where}: expected {fields} values, {list(Layer._fields)}, got {values}")
+    fields = Layer._fields
+    if not isinstance(values, (list, tuple)) or len(values) != len(fields):
+        raise ValueError(f"{where}: expected {len(fields)} values ({fields}), got {values!r}")
     op, *sizes = values
     if op not in OPS:
         raise ValueError(f"{where}: unknown op {op!r}; known: {', '.join(OPS)}")
@@ -452,14 +407,11 @@ def _layer(values: object, where: str) -> Layer:
 
 def _host(device: str, bus: str, where: str) -> str:
     """The simulator's host for a device and bus as published."""
-    name = bus.upper().replace(" ", "")
-    if name.startswith("USB3"):
-        return "usb3-desktop"
-    if name.startswith("USB2"):
-        return "usb2-raspberry-pi"
-    # A source that states no bus (HW-NAS-Bench) measured on a Coral Dev Board.
-    if not name or (name.startswith("PCIE") and "DEVBOARD" in device.upper().replace(" ", "")):
-        return "pcie-devboard"
-    if name.startswith("PCIE"):
-        return "pcie-desktop"
-    raise ValueError(f"{where}: bus must be USB 2, USB 3, PCIe or empty, got {bus!r}")
+    bus_name = bus.upper().replace(" ", "")
+    # The one source that states no bus (HW-NAS-Bench) is taken as a Coral Dev Board.
+    on_board = not bus_name or "Dev Board" in device
+    hosts = {"USB3": "usb3-desktop", "USB2": "usb2-raspberry-pi", "PCIE": "pcie-desktop"}
+    host = "pcie-devboard" if on_board else hosts.get(bus_name[:4])
+    if host is None:
+        raise ValueError(f"{where}: bus must be USB 2, USB 3, PCIe or empty, got {bus!r}")
+    return host

@@ -66,11 +66,16 @@ def _stack(vectors: list[Tensor]) -> Float[Tensor, "blocks options"]:
 @functools.lru_cache(maxsize=16)
 def _prices(costs: SpaceCosts, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Milliseconds and bytes `[2, blocks, in-width, op, kernel, expansion, out-width]`, padded."""
+    with torch.inference_mode(False):  # the cache outlives a caller's inference mode
+        return _padded(costs).to(device=device, dtype=dtype)
+
+
+def _padded(costs: SpaceCosts) -> Tensor:
     shape = [max(sizes) for sizes in zip(*(ms.shape for ms in costs.block_ms), strict=True)]
     shape[0] = max(shape[0], shape[-1])
     prices = torch.zeros(2, len(costs.block_ms), *shape, dtype=torch.float64)
     for row, arrays in enumerate((costs.block_ms, costs.block_bytes)):
         for block, values in enumerate(arrays):
             window = tuple(slice(size) for size in values.shape)
-            prices[(row, block, *window)] = torch.from_numpy(values)
-    return prices.to(device=device, dtype=dtype)
+            prices[row, block][window] = torch.from_numpy(values)
+    return prices

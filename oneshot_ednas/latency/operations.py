@@ -235,7 +235,9 @@ def network_io_bytes(
     return 3 * image_size[0] * image_size[1], sum(out_channels.values()) * height * width
 
 
-def _same_size(op: str, in_channels: int, out_channels: int, size: Size, **fields: int) -> Operation:
+def _same_size(
+    op: str, in_channels: int, out_channels: int, size: Size, **fields: int
+) -> Operation:
     return Operation(
         op=op,
         in_channels=in_channels,

@@ -17,7 +17,7 @@ from typing import Literal
 from oneshot_ednas.architecture import Architecture
 from oneshot_ednas.latency.costs import SpaceCosts, space_costs
 from oneshot_ednas.latency.operations import OPERATION_KINDS, Operation
-from oneshot_ednas.schema import dump_yaml, parse_yaml
+from oneshot_ednas.schema import dump_yaml, parse_yaml, read_text
 from oneshot_ednas.space import SearchSpace
 
 FORMAT = 1
@@ -195,7 +195,7 @@ class LatencyTable:
                 f"no latency table {path}; build one with oneshot-ednas latency table SPACE "
                 f"--image-size H W --out CSV"
             )
-        return cls.from_text(Path(path).read_text(encoding="utf-8"), name=Path(path).name)
+        return cls.from_text(read_text(Path(path)), name=Path(path).name)
 
     @classmethod
     def from_text(cls, text: str, *, name: str) -> "LatencyTable":
@@ -207,6 +207,9 @@ class LatencyTable:
         if count == len(lines) or lines[count].split(",") != _COLUMNS:
             got = lines[count] if count < len(lines) else "the end of the file"
             raise ValueError(f"{name}:{count + 1}: expected {','.join(_COLUMNS)}, got {got}")
+        if not text.endswith("\n"):
+            # A last number that lost digits would pass for a whole one.
+            raise ValueError(f"{name}:{len(lines)}: no end of line; the file may be truncated")
         rows: dict[Operation, TableRow] = {}
         for number, cells in enumerate(csv.reader(lines[count + 1 :]), start=count + 2):
             try:

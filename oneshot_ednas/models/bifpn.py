@@ -23,7 +23,7 @@ class FusionNode(nn.Module):
         total = inputs[0]
         for other in inputs[1:]:
             total = total + other
-        return self.conv(F.relu6(total))  # type: ignore[no-any-return]
+        return self.conv(F.relu6(total))
 
 
 class BiFPNLayer(nn.Module):
@@ -36,9 +36,7 @@ class BiFPNLayer(nn.Module):
     def __init__(self, num_levels: int, channels: int, *, is_last: bool, momentum: float) -> None:
         super().__init__()
         count = num_levels - 1
-        self.top_down = nn.ModuleList(
-            FusionNode(channels, momentum=momentum) for _ in range(count)
-        )
+        self.top_down = nn.ModuleList(FusionNode(channels, momentum=momentum) for _ in range(count))
         self.bottom_up = nn.ModuleList(
             FusionNode(channels, momentum=momentum) for _ in range(0 if is_last else count)
         )
@@ -106,4 +104,4 @@ class BiFPN(nn.Module):
         for layer in self.layers:
             fused = layer(down, up)
             down = up = fused
-        return fused[0]  # type: ignore[no-any-return]
+        return fused[0]

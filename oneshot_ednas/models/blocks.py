@@ -25,7 +25,9 @@ BN_EPS = 1e-3
 BN_MOMENTUM = 0.1
 
 
-def pad_same(x: Float[Tensor, "batch channels height width"], kernel_size: int, stride: int) -> Tensor:
+def pad_same(
+    x: Float[Tensor, "batch channels height width"], kernel_size: int, stride: int
+) -> Tensor:
     """Zero padding as TensorFlow's SAME: the output has ceil(size / stride) pixels.
 
     torch's symmetric padding differs from it at stride 2 and would leave a PAD op in the export.
@@ -116,9 +118,7 @@ class SeparableConv(nn.Module):
     ) -> None:
         super().__init__()
         self.depthwise = conv_weight(in_channels, 1, 3, 3)
-        self.pointwise = ConvBN(
-            in_channels, out_channels, use_relu6=use_relu6, momentum=momentum
-        )
+        self.pointwise = ConvBN(in_channels, out_channels, use_relu6=use_relu6, momentum=momentum)
 
     def forward(self, x: Tensor) -> Tensor:
         """Same size, `out_channels` channels."""
@@ -126,6 +126,7 @@ class SeparableConv(nn.Module):
 
 
 def conv_same(x: Tensor, weight: Tensor, stride: int, *, depthwise: bool = False) -> Tensor:
+    """Convolution with TensorFlow's SAME padding; `depthwise` keeps the channels apart."""
     kernel_size = weight.shape[2]
     groups = x.shape[1] if depthwise else 1
     if stride == 1:
@@ -247,7 +248,9 @@ class ElasticBlock(nn.Module):
         self.register_buffer(
             "kernel_steps", (reach <= (sizes // 2)[:, None, None]).float(), persistent=False
         )
-        self.register_buffer("out_steps", _steps(torch.tensor(spec.filters), out_channels), persistent=False)
+        self.register_buffer(
+            "out_steps", _steps(torch.tensor(spec.filters), out_channels), persistent=False
+        )
         self.register_buffer("hidden_steps", _steps(hidden_widths, hidden), persistent=False)
 
     def sliced(self, x: Tensor, block: BlockArchitecture) -> Tensor:

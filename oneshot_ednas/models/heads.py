@@ -1,5 +1,7 @@
 """Fused features to one dense map per task."""
 
+from typing import cast
+
 from torch import Tensor, nn
 
 from oneshot_ednas.models.blocks import SeparableConv, conv_same, conv_weight
@@ -21,8 +23,8 @@ class Head(nn.Module):
         self.depthwise = conv_weight(channels, 1, 3, 3)
         self.classifier = nn.Conv2d(channels, out_channels, 1)
         nn.init.normal_(self.classifier.weight, std=0.01)
-        nn.init.zeros_(self.classifier.bias)
+        nn.init.zeros_(cast(Tensor, self.classifier.bias))
 
     def forward(self, x: Tensor) -> Tensor:
         """Raw map `[batch, out_channels, height, width]` at the finest level."""
-        return self.classifier(conv_same(self.convs(x), self.depthwise, 1, depthwise=True))  # type: ignore[no-any-return]
+        return self.classifier(conv_same(self.convs(x), self.depthwise, 1, depthwise=True))

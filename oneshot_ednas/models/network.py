@@ -56,9 +56,7 @@ class Network(nn.Module):
         if isinstance(run, Architecture):
             self.space.check(run)
         elif len(run) != len(self.space.blocks):
-            raise ValueError(
-                f"expected gates for {len(self.space.blocks)} blocks, got {len(run)}"
-            )
+            raise ValueError(f"expected gates for {len(self.space.blocks)} blocks, got {len(run)}")
         fused = self.bifpn(self.backbone(images, run))
         return {task: head(fused) for task, head in self.heads.items()}
 

@@ -141,9 +141,9 @@ def inverse_cosine_similarity(
             f"expected pred and target of one shape and valid with one channel, "
             f"got {tuple(pred.shape)}, {tuple(target.shape)} and {tuple(valid.shape)}"
         )
-    cosine = (
-        normalise(torch.where(valid, pred, 0)) * normalise(torch.where(valid, target, 0))
-    ).sum(dim=1, keepdim=True)
+    guess, truth = torch.where(valid, pred, 0), torch.where(valid, target, 0)
+    cosine = (guess * truth).sum(dim=1, keepdim=True)
+    cosine = cosine * _inverse_length(guess) * _inverse_length(truth)
     return _mean(torch.where(valid, 1 - cosine, 0), valid)
 
 
@@ -175,7 +175,12 @@ def normalise(
     vectors: Float[Tensor, "batch 3 height width"],
 ) -> Float[Tensor, "batch 3 height width"]:
     """Vectors of unit length; those shorter than 0.001 stay shorter, so gradients stay finite."""
-    return F.normalize(vectors, dim=1, eps=_MIN_LENGTH)
+    return vectors * _inverse_length(vectors)
+
+
+def _inverse_length(vectors: Tensor) -> Tensor:
+    # Clamped before the root, whose gradient at 0 is not finite.
+    return vectors.square().sum(dim=1, keepdim=True).clamp_min(_MIN_LENGTH**2).rsqrt()
 
 
 def _absolute_error(pred: Tensor, target: Tensor, valid: Tensor) -> Tensor:

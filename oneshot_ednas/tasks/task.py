@@ -260,6 +260,9 @@ class Task:
     def picture(self, values: np.ndarray) -> UInt8[np.ndarray, "height width 3"]:
         """One map as RGB; invalid pixels are black.
 
+        The colours of depths span the nearest to the farthest pixel: join maps side by side before
+        drawing them where their colours shall be comparable.
+
         Args:
             values: a target as stored ([H, W], [H, W] or [H, W, 3]), or one frame of a batch
                 or prediction ([H, W], [1, H, W] or [3, H, W]).
@@ -439,8 +442,8 @@ TASK_KINDS: dict[str, TaskKind] = {
         reward_metrics=metrics.NORMALS_METRICS,
         lower_is_better=frozenset({"mean_angle_deg"}),
         out_channels=lambda config: 3,
-        decode=lambda output, config: losses.normalise(output),
-        predict=lambda normals: normals,
+        decode=lambda output, config: output,
+        predict=losses.normalise,
         loss=lambda pred, target, config: losses.inverse_cosine_similarity(
             pred, target, metrics.valid_normals(target)
         ),

@@ -1,0 +1,85 @@
+"""The config of a run: the modules' configs together, read strictly from one YAML file."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+
+from oneshot_ednas.data.source import DataConfig
+from oneshot_ednas.ranking import DeriveConfig
+from oneshot_ednas.retrain import RetrainConfig
+from oneshot_ednas.schema import find_file, load_yaml
+from oneshot_ednas.search import SearchConfig
+from oneshot_ednas.tasks import TaskConfig
+
+BASELINES = ("base", "random")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatencyConfig:
+    """The latency table and the budget."""
+
+    table: str
+    """A latency table: a path, also relative to the config, or one shipped with the package."""
+    target_ms: float
+    """The budget in milliseconds; no derived architecture exceeds it."""
+    allow_uncalibrated: bool = False
+    """Go on with a table whose error on whole networks is unknown."""
+
+    def __post_init__(self) -> None:
+        """The target is positive."""
+        if not self.target_ms > 0:
+            raise ValueError(f"target_ms: expected a positive time, got {self.target_ms}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExperimentConfig:
+    """Everything that a run depends on."""
+
+    seed: int = 0
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, `cuda:N` or `mps`."""
+    space: str
+    """Name of a shipped search space, or the path of a YAML file."""
+    data: DataConfig
+    tasks: dict[str, TaskConfig]
+    latency: LatencyConfig
+    search: SearchConfig
+    derive: DeriveConfig = DeriveConfig()
+    retrain: RetrainConfig
+    baselines: tuple[str, ...] = ()
+    """Trained like the derived network, for comparison: `base` is the space's base network,
+    `random` an architecture drawn uniformly from those inside the target."""
+
+    def __post_init__(self) -> None:
+        """Check what no module can check alone."""
+        if self.seed < 0:
+            raise ValueError(f"seed: expected 0 or more, got {self.seed}")
+        if not self.tasks:
+            raise ValueError("tasks: expected at least one")
+        for name in self.baselines:
+            if name not in BASELINES:
+                raise ValueError(f"baselines: expected some of {', '.join(BASELINES)}, got {name}")
+        if len(set(self.baselines)) != len(self.baselines):
+            raise ValueError(f"baselines: each at most once, got {', '.join(self.baselines)}")
+
+
+def load_config(path: Path, overrides: Iterable[str] = ()) -> ExperimentConfig:
+    """Read a config, by its path or as shipped under `configs/`.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: for anything wrong in it, with file and line.
+    """
+    return load_yaml(find_file(path), ExperimentConfig, overrides=overrides)
+
+
+def first_difference(one: object, other: object, where: str = "") -> str | None:
+    """The first setting in which two configs differ, as `key: value against value`."""
+    if is_dataclass(one) and type(one) is type(other):
+        for field in fields(one):
+            key = f"{where}.{field.name}" if where else field.name
+            found = first_difference(getattr(one, field.name), getattr(other, field.name), key)
+            if found:
+                return found
+        return None
+    return None if one == other else f"{where}: {one} against {other}"

@@ -1,0 +1,316 @@
+"""Splits packed into arrays: the embedded data set's or a data folder's, and their batches."""
+
+import hashlib
+import warnings
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int64, Integer
+from torch import Tensor
+
+from oneshot_ednas.data import streets
+from oneshot_ednas.data.cache import FrameSource, Progress, default_cache_dir, load_cached
+from oneshot_ednas.data.layouts import read_frame
+from oneshot_ednas.data.manifest import Manifest, load_manifest, split_frames
+from oneshot_ednas.data.order import batch_indices, split_indices
+from oneshot_ednas.schema import to_plain
+
+__all__ = [
+    "PackedSplit",
+    "batch_indices",
+    "default_cache_dir",
+    "load_packed",
+    "manifest_split",
+    "split_indices",
+    "streets_split",
+]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PackedSplit:
+    """Frames of one split; a subset shares the arrays."""
+
+    name: str
+    """Name of the data set and the split."""
+    arrays: dict[str, np.ndarray]
+    """Stored frames by array name: `image`, and one per task. Often memory maps."""
+    indices: Int64[np.ndarray, " frames"]
+    """Rows of the arrays that belong to this split, in order."""
+    sources: tuple[str, ...]
+    """Name of each frame of this split."""
+    class_names: tuple[str, ...]
+    """Names of the segmentation classes, by class index."""
+    without_depth: Bool[np.ndarray, " stored"]
+    """Of each row of the arrays, whether it has a depth map without a single valid pixel."""
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @property
+    def height(self) -> int:
+        """Rows of each frame."""
+        return int(self.arrays["image"].shape[1])
+
+    @property
+    def width(self) -> int:
+        """Columns of each frame."""
+        return int(self.arrays["image"].shape[2])
+
+    @property
+    def num_invalid_depth_frames(self) -> int:
+        """Frames that have a depth map, but no valid pixel in it."""
+        return int(self.without_depth[self.indices].sum())
+
+    def subset(self, indices: Sequence[int] | Integer[np.ndarray, " part"]) -> "PackedSplit":
+        """The given frames of this split, in the given order.
+
+        Raises:
+            ValueError: if there are none, or one lies outside the split.
+        """
+        chosen = np.asarray(indices, dtype=np.int64)
+        if chosen.size == 0:
+            raise ValueError(f"expected at least one frame for a part of {self.name}, got none")
+        if chosen.min() < 0 or chosen.max() >= len(self):
+            wrong = chosen.min() if chosen.min() < 0 else chosen.max()
+            raise ValueError(f"{self.name} has frames 0..{len(self) - 1}, got {wrong}")
+        sources = tuple(self.sources[i] for i in chosen)
+        return replace(self, indices=self.indices[chosen], sources=sources)
+
+    def frame(self, index: int) -> dict[str, np.ndarray]:
+        """One frame's arrays as stored, copied."""
+        row = self.indices[index]
+        return {name: np.array(array[row]) for name, array in self.arrays.items()}
+
+    def batch(
+        self,
+        indices: Sequence[int] | Integer[np.ndarray, " batch"],
+        device: torch.device | str = "cpu",
+    ) -> dict[str, Tensor]:
+        """Frames as tensors on the device, in the layout that training expects.
+
+        Args:
+            indices: frames of this split, not rows of the arrays.
+            device: where the tensors go; to a GPU they are copied from pinned memory.
+
+        Returns:
+            `image` float32 [B, 3, H, W] in -1..1; `segmentation` int64 [B, H, W], 255 invalid;
+            `depth` float32 [B, 1, H, W] in metres, 0 invalid; `normals` float32 [B, 3, H, W],
+            (0, 0, 0) invalid.
+        """
+        rows = self.indices[np.asarray(indices, dtype=np.int64)]
+        device = torch.device(device)
+        tensors = {}
+        for name, array in self.arrays.items():
+            stored = torch.from_numpy(np.asarray(array[rows]))
+            if device.type == "cuda":
+                stored = stored.pin_memory().to(device, non_blocking=True)
+            # Stored types are the small ones; they widen on the device.
+            tensors[name] = _to_training(name, stored.to(device))
+        return tensors
+
+
+def _to_training(name: str, stored: Tensor) -> Tensor:
+    if name == "segmentation":
+        return stored.long()
+    if name == "depth":
+        return stored.unsqueeze(1)
+    planes = stored.permute(0, 3, 1, 2).float().contiguous()
+    return planes.div_(127.5).sub_(1) if name == "image" else planes
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Streets:
+    split: str
+    num_frames: int
+    height: int
+    width: int
+
+    @property
+    def name(self) -> str:
+        return f"streets-{self.split}"
+
+    @property
+    def frames(self) -> tuple[str, ...]:
+        return tuple(f"{self.split}/{i}" for i in range(self.num_frames))
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return tuple(streets.CLASSES)
+
+    def identity(self) -> dict[str, object]:
+        size = [self.num_frames, self.height, self.width]
+        return {"streets": streets.RENDERER_VERSION, "split": self.split, "size": size}
+
+    def read(self, index: int) -> dict[str, np.ndarray]:
+        return streets.render_frame(index, height=self.height, width=self.width, split=self.split)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Files:
+    root: Path
+    manifest: Manifest
+    split: str
+    height: int
+    width: int
+    label_map: str | None
+    tasks: tuple[str, ...]
+    frames: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.manifest.name}-{self.split}"
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        if "segmentation" not in self.tasks:
+            return ()
+        return self.manifest.label_map(self.label_map).classes
+
+    def identity(self) -> dict[str, object]:
+        files = hashlib.sha256()
+        for frame in self.frames:
+            for source in self.manifest.file_sources(self.tasks).values():
+                path = source.find(self.root, frame)
+                status = path.stat()
+                files.update(f"{path}\t{status.st_size}\t{status.st_mtime_ns}\n".encode())
+        return {
+            "manifest": to_plain(self.manifest),
+            "split": self.split,
+            "size": [len(self.frames), self.height, self.width],
+            "label_map": self.label_map,
+            "tasks": list(self.tasks),
+            "files": files.hexdigest(),
+        }
+
+    def read(self, index: int) -> dict[str, np.ndarray]:
+        return read_frame(
+            self.manifest,
+            self.root,
+            self.frames[index],
+            height=self.height,
+            width=self.width,
+            label_map=self.label_map,
+            tasks=self.tasks,
+        )
+
+
+def streets_split(
+    split: str,
+    num_frames: int,
+    *,
+    height: int,
+    width: int,
+    cache_dir: Path | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> PackedSplit:
+    """The first frames of a split of the embedded data set.
+
+    Args:
+        split: one of the splits of `streets`.
+        num_frames: how many frames.
+        height: rows of each frame.
+        width: columns of each frame.
+        cache_dir: see `default_cache_dir`, which None stands for.
+        workers: processes that render; None is one per processor.
+        progress: called with the frames done and the frames in all.
+
+    Raises:
+        ValueError: for a number of frames below 1, or a cache folder that cannot be used.
+    """
+    _check_size(height, width)
+    if num_frames < 1:
+        raise ValueError(f"expected at least one frame of {split}, got {num_frames}")
+    source = _Streets(split=split, num_frames=num_frames, height=height, width=width)
+    return load_packed(source, cache_dir=cache_dir, workers=workers, progress=progress)
+
+
+def manifest_split(
+    root: Path,
+    manifest: Path | None,
+    split: str,
+    *,
+    height: int,
+    width: int,
+    label_map: str | None = None,
+    tasks: Collection[str] | None = None,
+    cache_dir: Path | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> PackedSplit:
+    """A split of a data folder; see `read_frame` for what is stored.
+
+    The cache is keyed by path, size and time of change of every source file.
+
+    Args:
+        root: the data folder.
+        manifest: the manifest, if it is not in the data folder.
+        split: a split of the manifest.
+        height: rows of each frame.
+        width: columns of each frame.
+        label_map: name of a label map; None keeps the stored classes.
+        tasks: the targets to pack; None is all that the data set has.
+        cache_dir: see `default_cache_dir`, which None stands for.
+        workers: processes that read; None is one per processor.
+        progress: called with the frames done and the frames in all.
+
+    Raises:
+        ValueError: for whatever is missing or wrong in the data folder or its manifest, or a cache
+            folder that cannot be used.
+    """
+    _check_size(height, width)
+    root = root.resolve()
+    layout = load_manifest(root, manifest)
+    layout.check_tasks(layout.tasks if tasks is None else tasks)
+    # In one order, so that the same tasks named in another order find the same cache.
+    wanted = tuple(task for task in layout.tasks if tasks is None or task in tasks)
+    if label_map is not None:
+        layout.label_map(label_map)
+    source = _Files(
+        root=root,
+        manifest=layout,
+        split=split,
+        height=height,
+        width=width,
+        label_map=label_map,
+        tasks=wanted,
+        frames=split_frames(layout, root, split),
+    )
+    return load_packed(source, cache_dir=cache_dir, workers=workers, progress=progress)
+
+
+def load_packed(
+    source: FrameSource,
+    *,
+    cache_dir: Path | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> PackedSplit:
+    """All frames of a source as a split, from the cache or built; see `load_cached`.
+
+    Warns when frames have no valid depth.
+    """
+    cached = load_cached(source, cache_dir=cache_dir, workers=workers, progress=progress)
+    packed = PackedSplit(
+        name=source.name,
+        arrays=cached.arrays,
+        indices=np.arange(len(source.frames)),
+        sources=source.frames,
+        class_names=source.class_names,
+        without_depth=cached.without_depth,
+    )
+    if packed.num_invalid_depth_frames:
+        warnings.warn(
+            f"{packed.num_invalid_depth_frames} of {len(packed)} frames of {packed.name} have no "
+            f"valid depth; they are kept, and count for the other tasks",
+            stacklevel=2,
+        )
+    return packed
+
+
+def _check_size(height: int, width: int) -> None:
+    if height < 1 or width < 1:
+        raise ValueError(f"expected a height and a width of at least 1, got {height} and {width}")

@@ -1,0 +1,157 @@
+"""Which data set a run uses: the embedded streets, or a folder with a manifest."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from oneshot_ednas.data.packed import PackedSplit, manifest_split, streets_split
+from oneshot_ednas.data.transforms import AugmentConfig
+from oneshot_ednas.schema import find_file
+from oneshot_ednas.tasks import Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Images, their size, and how they are augmented."""
+
+    source: Literal["streets", "folder"] = "streets"
+    """`streets`: rendered by `data/streets.py`; `folder`: files described by a manifest."""
+    height: int
+    """Rows of the images as the network sees them."""
+    width: int
+    train_frames: int | None = None
+    """Streets: frames to render for training."""
+    test_frames: int | None = None
+    """Streets: frames to render for the final test."""
+    root: str | None = None
+    """Folder: where the data lies; the command line's --data replaces it."""
+    manifest: str | None = None
+    """Folder: the manifest, if it is not `dataset.yaml` in the data folder."""
+    label_map: str | None = None
+    """Folder: a label map of the manifest; null keeps the stored classes."""
+    train_split: str = "train"
+    test_split: str = "test"
+    augment: AugmentConfig = AugmentConfig()
+    workers: int | None = None
+    """Processes that render or read; null is one per processor."""
+
+    def __post_init__(self) -> None:
+        """Each source needs its own settings and none of the other's."""
+        if self.height < 16 or self.width < 16:
+            raise ValueError(f"expected images of at least 16x16, got {self.height}x{self.width}")
+        frames = (self.train_frames, self.test_frames)
+        if self.source == "streets":
+            if None in frames:
+                raise ValueError("source streets needs train_frames and test_frames")
+            for name in ("root", "manifest", "label_map"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} belongs to source folder, not to streets")
+        elif frames != (None, None):
+            raise ValueError("train_frames and test_frames belong to source streets")
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.height, self.width
+
+
+def load_data(
+    config: DataConfig, tasks: Mapping[str, Task], *, root: Path | None = None
+) -> tuple[PackedSplit, PackedSplit]:
+    """The training split and the test split.
+
+    Args:
+        config: what to load.
+        tasks: the tasks; each needs a target of its name.
+        root: data folder that replaces the config's.
+
+    Raises:
+        ValueError: for whatever is missing or wrong in the data, or a task without target.
+        FileNotFoundError: if the data folder or the manifest is not there.
+    """
+    if config.source == "streets":
+        if root is not None:
+            raise ValueError("--data is for source folder; this config renders its data")
+        assert config.train_frames is not None
+        assert config.test_frames is not None
+        counts = {config.train_split: config.train_frames, config.test_split: config.test_frames}
+
+        def load(split: str, progress: Callable[[int, int], None]) -> PackedSplit:
+            return streets_split(
+                split,
+                counts[split],
+                height=config.height,
+                width=config.width,
+                workers=config.workers,
+                progress=progress,
+            )
+
+    else:
+        folder = _folder(config, root)
+        manifest = None if config.manifest is None else find_file(config.manifest, beside=folder)
+        # The data folder's own manifest comes before the config's: it is nearer to the data.
+        if (folder / "dataset.yaml").is_file():
+            manifest = None
+
+        def load(split: str, progress: Callable[[int, int], None]) -> PackedSplit:
+            return manifest_split(
+                folder,
+                manifest,
+                split,
+                height=config.height,
+                width=config.width,
+                label_map=config.label_map,
+                tasks=tuple(tasks),
+                workers=config.workers,
+                progress=progress,
+            )
+
+    train, test = (
+        _with_progress(split, load) for split in (config.train_split, config.test_split)
+    )
+    for split in (train, test):
+        _check_tasks(split, tasks)
+    return train, test
+
+
+def _folder(config: DataConfig, root: Path | None) -> Path:
+    folder = root or (Path(config.root) if config.root else None)
+    if folder is None:
+        raise ValueError("this config reads a data folder: name it with --data DIR")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no data folder {folder}")
+    return folder
+
+
+def _check_tasks(split: PackedSplit, tasks: Mapping[str, Task]) -> None:
+    for name, task in tasks.items():
+        if name not in split.arrays:
+            known = ", ".join(key for key in split.arrays if key != "image")
+            raise ValueError(f"task {name} has no targets in {split.name}; it has {known}")
+        count = len(split.class_names)
+        if task.config.num_classes is not None and task.config.num_classes != count:
+            raise ValueError(
+                f"task {name}: num_classes is {task.config.num_classes}, "
+                f"{split.name} has {count} classes"
+            )
+
+
+def _with_progress(
+    split: str, load: Callable[[str, Callable[[int, int], None]], PackedSplit]
+) -> PackedSplit:
+    console = Console(stderr=True)
+    with Progress(
+        TextColumn("[bold]{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    ) as progress:
+        bar = progress.add_task(f"preparing {split}", total=None)
+        return load(split, lambda done, total: progress.update(bar, completed=done, total=total))

@@ -1,0 +1,537 @@
+"""A run: the stages search, derive, retrain, evaluate and report on one self-contained folder.
+
+Each stage reads what the one before wrote, so a run can be cut anywhere and go on.
+"""
+
+import datetime
+import importlib.metadata
+import platform
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from oneshot_ednas.architecture import Architecture
+from oneshot_ednas.config import ExperimentConfig, first_difference
+from oneshot_ednas.data.order import split_indices
+from oneshot_ednas.data.packed import PackedSplit
+from oneshot_ednas.data.source import load_data
+from oneshot_ednas.derive import BudgetSearch, pareto_front
+from oneshot_ednas.describe import multiply_adds
+from oneshot_ednas.latency.costs import SpaceCosts
+from oneshot_ednas.latency.table import LatencyTable
+from oneshot_ednas.models.network import Network, build_network
+from oneshot_ednas.ranking import rank_candidates
+from oneshot_ednas.report import RunPictures, write_report
+from oneshot_ednas.retrain import retrain
+from oneshot_ednas.reward import reward
+from oneshot_ednas.schema import dump_yaml, find_file, load_yaml, to_plain
+from oneshot_ednas.search import OneShotSearch, check_target, resume_search
+from oneshot_ednas.space import SearchSpace, named_space
+from oneshot_ednas.store import read_json, write_json, write_text
+from oneshot_ednas.tasks import Task, make_tasks
+from oneshot_ednas.training import (
+    Metrics,
+    accuracy_of,
+    choose_device,
+    derived_seed,
+    evaluate,
+    note,
+    numpy_generator,
+)
+
+MAX_RANDOM_DRAWS = 20_000
+"""Draws for a random architecture inside the target before giving up."""
+NUM_PICTURES = 4
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """Where a run keeps things."""
+
+    folder: Path
+
+    @property
+    def config(self) -> Path:
+        """The config with every setting spelled out."""
+        return self.folder / "config.yaml"
+
+    @property
+    def space(self) -> Path:
+        """The search space."""
+        return self.folder / "space.yaml"
+
+    @property
+    def splits(self) -> Path:
+        """Frames of the weight, alpha and validation splits."""
+        return self.folder / "splits.json"
+
+    @property
+    def architecture(self) -> Path:
+        """The derived architecture."""
+        return self.folder / "architecture.json"
+
+    @property
+    def candidates(self) -> Path:
+        """The ranked candidates and the Pareto front."""
+        return self.folder / "candidates.json"
+
+    @property
+    def results(self) -> Path:
+        """Figures of the run."""
+        return self.folder / "results.json"
+
+    @property
+    def seconds(self) -> Path:
+        """Time per stage, over all sittings."""
+        return self.folder / "seconds.json"
+
+    def checkpoint(self, stage: str) -> Path:
+        """Checkpoint of a stage."""
+        return self.folder / "checkpoints" / f"{stage}.safetensors"
+
+
+class Run:
+    """A config, its data, and the stages on a run folder."""
+
+    def __init__(
+        self, config: ExperimentConfig, folder: Path, *, config_path: Path, data: Path | None
+    ) -> None:
+        """Load and check everything that can be wrong before a file is written.
+
+        Args:
+            config: the config.
+            folder: the run folder; need not exist yet.
+            config_path: where the config was read from, for paths beside it.
+            data: data folder that replaces the config's.
+
+        Raises:
+            ValueError: for whatever is wrong in config, space, table, data or target.
+            FileNotFoundError: for a missing file.
+        """
+        self.config, self.files = config, RunFiles(folder)
+        self.device = choose_device(config.device)
+        self.tasks: dict[str, Task] = make_tasks(config.tasks)
+        self.out_channels = {name: task.out_channels for name, task in self.tasks.items()}
+        self.space = _load_space(config.space, config_path)
+        self.table = LatencyTable.load(find_file(config.latency.table, beside=config_path.parent))
+        self.table.check_image_size(*config.data.image_size)
+        if self.table.header.held_out_mape is None and not config.latency.allow_uncalibrated:
+            raise ValueError(
+                f"the error of {self.table.name} on whole networks is unknown "
+                f"(held_out_mape is null); use a calibrated table, or set "
+                f"latency.allow_uncalibrated=true"
+            )
+        self.costs: SpaceCosts = self.table.costs(self.space, self.out_channels)
+        self.target_ms = config.latency.target_ms
+        check_target(self.table, self.space, self.out_channels, self.target_ms)
+        self.train, self.test = load_data(config.data, self.tasks, root=data)
+        indices = split_indices(len(self.train), config.search.splits, config.seed)
+        smallest = min(len(indices["weights"]), len(indices["alpha"]))
+        if config.search.batch_size > smallest:
+            raise ValueError(
+                f"search.batch_size is {config.search.batch_size}, the smaller of the weight and "
+                f"alpha splits has {smallest} frames; lower it or use more frames"
+            )
+        self.indices = indices
+
+    # Folder ---------------------------------------------------------------------------------
+
+    def open(self, *, resume: bool) -> None:
+        """Start the run folder, or go on with it.
+
+        Raises:
+            ValueError: if the folder holds another config, another data order, something else
+                than a run, or this run and `resume` was not asked for.
+        """
+        files = self.files
+        if files.config.exists():
+            held = load_yaml(files.config, ExperimentConfig)
+            difference = first_difference(held, self.config)
+            if difference:
+                raise ValueError(
+                    f"{files.folder} already holds a run of another config ({difference}); "
+                    f"choose another --out"
+                )
+            if not resume:
+                raise ValueError(f"{files.folder} already holds this run; go on with --resume")
+        elif files.folder.exists() and any(files.folder.iterdir()):
+            raise ValueError(f"{files.folder} is not empty and holds no run; choose another --out")
+        if SearchSpace.load(files.space) != self.space if files.space.exists() else False:
+            raise ValueError(f"{files.space} is another space than {self.config.space} now is")
+        splits = {
+            name: [self.train.sources[i] for i in part] for name, part in self.indices.items()
+        }
+        if files.splits.exists() and read_json(files.splits) != splits:
+            raise ValueError(
+                f"{files.splits}: the data has changed since the run began; restore it, or start "
+                f"anew with another --out"
+            )
+        write_json(files.splits, splits)
+        write_text(files.space, self.space.to_yaml())
+        write_text(files.config, dump_yaml(self.config))
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add the time of a block to a stage, also when it is interrupted."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = self.seconds
+            spent = seconds.get(stage, 0.0) + time.perf_counter() - began
+            write_json(self.files.seconds, seconds | {stage: round(spent, 2)})
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds per stage so far."""
+        path = self.files.seconds
+        return dict(read_json(path)) if path.exists() else {}
+
+    def part(self, name: str) -> PackedSplit:
+        """The `weights`, `alpha` or `validation` split."""
+        return self.train.subset(self.indices[name])
+
+    # Stages ---------------------------------------------------------------------------------
+
+    @cached_property
+    def one_shot(self) -> OneShotSearch:
+        """The search, from its checkpoint where there is one."""
+        search = OneShotSearch(
+            self.config.search,
+            self.space,
+            self.tasks,
+            self.table,
+            target_ms=self.target_ms,
+            splits={name: self.part(name) for name in ("weights", "alpha")},
+            augmentation=self.config.data.augment,
+            seed=self.config.seed,
+            device=self.device,
+        )
+        resume_search(search, self.files.checkpoint("search"))
+        return search
+
+    def search(self) -> None:
+        """Train the supernet and alpha."""
+        search = self.one_shot
+        if search.step == self.config.search.steps:
+            return
+        note(
+            f"search: {self.space.name}, {self.space.num_architectures:.3g} architectures, "
+            f"{self.config.search.steps} steps on {self.device}, target {self.target_ms:g} ms "
+            f"of {self.costs.min_latency_ms:.4g}..{self.costs.max_latency_ms:.4g} ms"
+        )
+        with self.timed("search"):
+            search.run(self.files.folder, self.files.checkpoint("search"))
+        for alarm in search.alarms():
+            note(f"search: warning: {alarm}")
+
+    def derive(self) -> None:
+        """Find the most probable architectures inside the target, rank them, keep the best."""
+        search = self._finished_search()
+        config = self.config.derive
+        with self.timed("derive"):
+            budget = BudgetSearch(search.alpha, self.costs)
+            found = budget.best(self.target_ms, config.num_candidates)
+            # The base network is a candidate too where it fits: a search should not lose to it.
+            ranked = rank_candidates(
+                found,
+                search.supernet,
+                self.tasks,
+                target_ms=self.target_ms,
+                calibration=self.part("weights"),
+                validation=self.part("validation"),
+                config=config,
+                seed=self.config.seed,
+                device=self.device,
+            )
+            front = pareto_front(
+                search.alpha,
+                self.table,
+                self.space,
+                num_budgets=config.num_budgets,
+                out_channels=self.out_channels,
+            )
+        best = ranked[0]
+        write_json(
+            self.files.candidates,
+            {
+                "alarms": search.alarms(),
+                "expected_latency_ms": float(search.expected_latency().detach()),
+                "argmax_latency_ms": self.costs.latency_ms(search.alpha.argmax()),
+                "entropies": search.alpha.entropies(),
+                "probabilities": _probabilities(search),
+                "candidates": [
+                    {
+                        "architecture": candidate.derived.architecture.to_json(),
+                        "latency_ms": candidate.derived.latency_ms,
+                        "log_probability": candidate.derived.log_probability,
+                        "reward": candidate.reward,
+                        "accuracy": candidate.accuracy,
+                        "metrics": candidate.metrics,
+                    }
+                    for candidate in ranked
+                ],
+                "pareto_front": [
+                    {
+                        "architecture": point.architecture.to_json(),
+                        "latency_ms": point.latency_ms,
+                        "log_probability": point.log_probability,
+                    }
+                    for point in front
+                ],
+            },
+        )
+        best.derived.architecture.save(self.files.architecture)
+        note(
+            f"derive: {best.derived.latency_ms:.4g} ms of {self.target_ms:g} ms, reward "
+            f"{best.reward:.4f} with supernet weights, best of {len(ranked)}"
+        )
+
+    def retrain(self) -> None:
+        """Train the derived architecture from scratch, once per seed, and the baselines."""
+        config = self.config.retrain
+        architecture = self._derived_architecture()
+        for number in range(config.num_seeds):
+            self._train(architecture, f"retrain.seed_{number}", number)
+        for name in self.config.baselines:
+            self._train(self.baseline(name), f"baseline.{name}", 0)
+
+    def _train(self, architecture: Architecture, stage: str, number: int) -> Network:
+        with self.timed(stage):
+            network, _ = retrain(
+                self.config.retrain,
+                self.space,
+                architecture,
+                self.tasks,
+                self.train,
+                stage=stage,
+                folder=self.files.folder,
+                checkpoint=self.files.checkpoint(stage),
+                augmentation=self.config.data.augment,
+                seed=self.config.seed + number,
+                device=self.device,
+            )
+        return network
+
+    def baseline(self, name: str) -> Architecture:
+        """The architecture of a baseline.
+
+        Raises:
+            ValueError: if no random draw fits the target.
+        """
+        if name == "base":
+            return self.space.base_architecture
+        generator = numpy_generator(self.config.seed, "random baseline")
+        for _ in range(MAX_RANDOM_DRAWS):
+            architecture = self.space.sample(generator)
+            if self.costs.latency_ms(architecture) <= self.target_ms:
+                return architecture
+        raise ValueError(
+            f"none of {MAX_RANDOM_DRAWS} random architectures is inside {self.target_ms:g} ms; "
+            f"raise latency.target_ms or leave out the baseline random"
+        )
+
+    def evaluate(self) -> dict[str, Any]:
+        """Score the trained networks on the test split and write `results.json`.
+
+        Raises:
+            ValueError: if a network is not trained to its end.
+        """
+        architecture = self._derived_architecture()
+        seeds = range(self.config.retrain.num_seeds)
+        with self.timed("evaluate"):
+            scores = [
+                self._score(self._trained(architecture, f"retrain.seed_{number}", number))
+                for number in seeds
+            ]
+            baselines = {
+                name: self._figures(
+                    self.baseline(name),
+                    [self._score(self._trained(self.baseline(name), f"baseline.{name}", 0))],
+                )
+                for name in self.config.baselines
+            }
+        candidates = read_json(self.files.candidates)
+        best = candidates["candidates"][0]
+        results = {
+            "space": self.space.name,
+            "table": self.table.name,
+            "target_ms": self.target_ms,
+            **self._figures(architecture, scores),
+            "supernet": {
+                "reward": best["reward"],
+                "metrics": best["metrics"],
+                "expected_latency_ms": candidates["expected_latency_ms"],
+                "argmax_latency_ms": candidates["argmax_latency_ms"],
+                "alarms": candidates["alarms"],
+            },
+            "baselines": baselines,
+            "seconds": self.seconds,
+            "seed": self.config.seed,
+            "num_frames": {"train": len(self.train), "test": len(self.test)},
+            "date": datetime.date.today().isoformat(),
+            "versions": _versions(self.device),
+        }
+        write_json(self.files.results, results)
+        return results
+
+    def report(self) -> Path:
+        """Write `report.html` with curves and pictures of predictions."""
+        architecture = self._derived_architecture()
+        network = self._trained(architecture, "retrain.seed_0", 0)
+        with self.timed("report"):
+            # Evenly spaced test frames, the same for every run on this data.
+            rows = np.linspace(0, len(self.test) - 1, min(NUM_PICTURES, len(self.test)))
+            indices = rows.astype(int)
+            batch = self.test.batch(indices, self.device)
+            with torch.inference_mode():
+                outputs = network.eval()(batch["image"])
+            size = self.config.data.image_size
+            pictures = RunPictures(
+                images=[self.test.frame(int(index))["image"] for index in indices],
+                targets={
+                    name: [batch[name][i].cpu().numpy() for i in range(len(indices))]
+                    for name in self.tasks
+                },
+                predictions={
+                    name: list(task.predict(outputs[name], size).cpu().numpy())
+                    for name, task in self.tasks.items()
+                },
+            )
+        return write_report(
+            self.files.folder,
+            tasks=self.tasks,
+            space=self.space,
+            pictures=pictures,
+            class_names=self.test.class_names,
+        )
+
+    # Parts ----------------------------------------------------------------------------------
+
+    def _finished_search(self) -> OneShotSearch:
+        search = self.one_shot
+        if search.step < self.config.search.steps:
+            raise ValueError(
+                f"{self.files.folder}: the search is at step {search.step} of "
+                f"{self.config.search.steps}; finish it with "
+                f"oneshot-ednas search {self.files.folder}"
+            )
+        return search
+
+    def _derived_architecture(self) -> Architecture:
+        if not self.files.architecture.exists():
+            raise ValueError(
+                f"{self.files.folder} has no derived architecture yet; run "
+                f"oneshot-ednas derive {self.files.folder}"
+            )
+        architecture = Architecture.load(self.files.architecture)
+        self.space.check(architecture)
+        return architecture
+
+    def _trained(self, architecture: Architecture, stage: str, number: int) -> Network:
+        """The network of a finished training.
+
+        Raises:
+            ValueError: if it is not finished.
+        """
+        path = self.files.checkpoint(stage)
+        if not path.exists() or self._steps_done(path) < self.config.retrain.steps:
+            raise ValueError(
+                f"{stage} is not trained to its end; run oneshot-ednas retrain {self.files.folder}"
+            )
+        return self._train(architecture, stage, number)
+
+    def _steps_done(self, path: Path) -> int:
+        from oneshot_ednas.store import load_checkpoint
+
+        return int(load_checkpoint(path)["step"])
+
+    def _score(self, network: Network) -> Metrics:
+        return evaluate(
+            network,
+            self.test,
+            self.tasks,
+            batch_size=self.config.derive.batch_size,
+            device=self.device,
+        )
+
+    def _figures(self, architecture: Architecture, scores: list[Metrics]) -> dict[str, Any]:
+        """Latency, size, and metrics averaged over seeds, with the reward of each."""
+        latency_ms = self.costs.latency_ms(architecture)
+        network = build_network(self.space.fix(architecture), self.out_channels)
+        macs = multiply_adds(network, self.config.data.image_size)[""]
+        rewards = [
+            reward(accuracy_of(self.tasks, metrics), latency_ms, self.target_ms)
+            for metrics in scores
+        ]
+        return {
+            "architecture": str(architecture),
+            "latency_ms": latency_ms,
+            "is_inside_target": latency_ms <= self.target_ms,
+            "parameters": network.num_parameters,
+            "gmacs": macs / 1e9,
+            "reward": statistics.fmean(rewards),
+            "reward_per_seed": rewards,
+            "metrics": {
+                task: {
+                    name: statistics.fmean(metrics[task][name] for metrics in scores)
+                    for name in values
+                }
+                for task, values in scores[0].items()
+            },
+            "metrics_std": {
+                task: {
+                    name: statistics.stdev(metrics[task][name] for metrics in scores)
+                    for name in values
+                }
+                for task, values in scores[0].items()
+            }
+            if len(scores) > 1
+            else None,
+        }
+
+
+def run_all(run: Run) -> dict[str, Any]:
+    """All stages that are not done yet, in order; returns the results."""
+    run.search()
+    if not run.files.architecture.exists():
+        run.derive()
+    run.retrain()
+    results = run.evaluate()
+    run.report()
+    return results
+
+
+def _load_space(name: str, config_path: Path) -> SearchSpace:
+    if Path(name).suffix in (".yaml", ".yml"):
+        return SearchSpace.load(find_file(name, beside=config_path.parent))
+    return named_space(name)
+
+
+def _probabilities(search: OneShotSearch) -> dict[str, dict[str, float]]:
+    rows = search.alpha.padded_logits().detach().double().softmax(1).tolist()
+    return {
+        choice.name: {
+            str(option): row[i] for i, option in enumerate(choice.options)
+        }
+        for choice, row in zip(search.space.choices, rows, strict=True)
+    }
+
+
+def _versions(device: torch.device) -> dict[str, str]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {
+        "oneshot_ednas": importlib.metadata.version("oneshot-ednas"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "device": f"{device.type} ({name}), {torch.get_num_threads()} threads",
+    }

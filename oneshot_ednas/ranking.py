@@ -1,0 +1,115 @@
+"""Candidates scored with supernet weights, by the same reward as evolution."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from oneshot_ednas.architecture import Architecture
+from oneshot_ednas.data.packed import PackedSplit
+from oneshot_ednas.derive import DerivedArchitecture
+from oneshot_ednas.models.network import Network, derived_network, recalibrate_bn
+from oneshot_ednas.reward import reward
+from oneshot_ednas.tasks import Task
+from oneshot_ednas.training import Metrics, accuracy_of, calibration_images, evaluate
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeriveConfig:
+    """From alpha to the architecture that is retrained."""
+
+    num_candidates: int = 8
+    """How many of the most probable architectures within the target are ranked."""
+    calibration_batches: int = 8
+    """Batches behind the BN statistics of each candidate."""
+    batch_size: int = 32
+    num_budgets: int = 64
+    """Points of the Pareto front in the report."""
+
+    def __post_init__(self) -> None:
+        """Counts are positive."""
+        for name in ("num_candidates", "calibration_batches", "batch_size", "num_budgets"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A derived architecture and its score with supernet weights."""
+
+    derived: DerivedArchitecture
+    metrics: Metrics
+    accuracy: float
+    reward: float
+
+
+def score_with_supernet(
+    supernet: Network,
+    architecture: Architecture,
+    tasks: Mapping[str, Task],
+    *,
+    calibration: PackedSplit,
+    validation: PackedSplit,
+    config: DeriveConfig,
+    seed: int,
+    device: torch.device,
+) -> Metrics:
+    """Metrics of an architecture with inherited weights and BN statistics of its own.
+
+    Args:
+        supernet: the trained supernet.
+        architecture: what to score.
+        tasks: the tasks.
+        calibration: images for the BN statistics: the weight split.
+        validation: what is scored on.
+        config: batches and their size.
+        seed: of the calibration images.
+        device: where to compute.
+    """
+    network = derived_network(supernet, architecture)
+    images = calibration_images(
+        calibration,
+        num_batches=config.calibration_batches,
+        batch_size=config.batch_size,
+        seed=seed,
+        device=device,
+    )
+    recalibrate_bn(network, images)
+    return evaluate(network, validation, tasks, batch_size=config.batch_size, device=device)
+
+
+def rank_candidates(
+    found: Sequence[DerivedArchitecture],
+    supernet: Network,
+    tasks: Mapping[str, Task],
+    *,
+    target_ms: float,
+    calibration: PackedSplit,
+    validation: PackedSplit,
+    config: DeriveConfig,
+    seed: int,
+    device: torch.device,
+) -> list[Candidate]:
+    """Candidates by the reward that evolution uses (EDNAS eq. 4-7), best first."""
+    ranked = []
+    for derived in found:
+        metrics = score_with_supernet(
+            supernet,
+            derived.architecture,
+            tasks,
+            calibration=calibration,
+            validation=validation,
+            config=config,
+            seed=seed,
+            device=device,
+        )
+        accuracy = accuracy_of(tasks, metrics)
+        ranked.append(
+            Candidate(
+                derived=derived,
+                metrics=metrics,
+                accuracy=accuracy,
+                reward=reward(accuracy, derived.latency_ms, target_ms),
+            )
+        )
+    return sorted(ranked, key=lambda candidate: -candidate.reward)

@@ -1,0 +1,460 @@
+"""The one-shot search: weight steps on sampled subnets, alpha steps on relaxed gates.
+
+Phases: warm-up (weights only, architectures drawn uniformly), then alternating weight and alpha
+steps on disjoint splits (or both at once in `joint` mode). The alpha loss is aligned with the
+reward: in logs, EDNAS eq. 4 is log Acc - 0.07 max(0, log(latency / target)), so latency enters as
+mu * relu(log(E[latency] / target)).
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from oneshot_ednas.architecture import Architecture
+from oneshot_ednas.data.packed import PackedSplit
+from oneshot_ednas.data.transforms import AugmentConfig
+from oneshot_ednas.latency.expected import expected_latency
+from oneshot_ednas.latency.table import LatencyTable
+from oneshot_ednas.models.network import Network, build_network
+from oneshot_ednas.relaxation import ArchitectureParameters, TemperatureConfig
+from oneshot_ednas.space import SearchSpace
+from oneshot_ednas.store import load_checkpoint, save_checkpoint
+from oneshot_ednas.tasks import Task
+from oneshot_ednas.training import (
+    LoopConfig,
+    OptimizerConfig,
+    StageLog,
+    check_finite,
+    numpy_generator,
+    run_steps,
+    task_losses,
+    torch_generator,
+    training_batch,
+    weighted_sum,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatencyLossConfig:
+    """Weight mu of the latency term in the alpha loss."""
+
+    schedule: Literal["fixed", "ramp", "dual"] = "dual"
+    """`fixed`: mu from the first alpha step; `ramp`: from 0 to mu over the first half;
+    `dual`: ascent, mu rises while E[latency] is above the target and falls below it."""
+    weight: float = 1.0
+    """mu, or its start for `dual`."""
+    dual_rate: float = 0.05
+    """Step of the dual ascent, per alpha step and unit of log(E[latency] / target)."""
+
+    def __post_init__(self) -> None:
+        """Weights are not negative."""
+        if self.weight < 0 or self.dual_rate < 0:
+            raise ValueError(
+                f"expected weight and dual_rate >= 0, got {self.weight} and {self.dual_rate}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """The one-shot search."""
+
+    steps: int
+    """Weight steps; alpha steps come on top, one per `alpha_every` weight steps after warm-up."""
+    batch_size: int
+    warmup_fraction: float = 0.25
+    """Share of the steps that train weights only, with architectures drawn uniformly."""
+    mode: Literal["alternating", "joint"] = "alternating"
+    """`joint` updates weights and alpha in one step on both splits together."""
+    alpha_every: int = 1
+    optimizer: OptimizerConfig = OptimizerConfig()
+    alpha_learning_rate: float = 0.01
+    alpha_weight_decay: float = 5e-5
+    temperature: TemperatureConfig = TemperatureConfig()
+    latency: LatencyLossConfig = LatencyLossConfig()
+    exploration: float = 0.2
+    """Share of uniform draws, per choice, among the architectures of weight steps."""
+    sandwich: bool = False
+    """Train the smallest and the largest architecture in each weight step too.
+    Source: Yu and Huang, Universally Slimmable Networks, ICCV 2019."""
+    distillation: bool = False
+    """With `sandwich`: the others learn from the largest's outputs in place of the labels."""
+    splits: dict[str, float] = field(
+        default_factory=lambda: {"weights": 0.6, "alpha": 0.25, "validation": 0.15}
+    )
+    """Shares of the training set for `weights`, `alpha` and `validation`."""
+    loop: LoopConfig = LoopConfig()
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if set(self.splits) != {"weights", "alpha", "validation"}:
+            raise ValueError(
+                f"splits: expected weights, alpha and validation, got {', '.join(self.splits)}"
+            )
+        if self.steps < 1 or self.batch_size < 1 or self.alpha_every < 1:
+            raise ValueError(
+                f"expected steps, batch_size and alpha_every of at least 1, got {self.steps}, "
+                f"{self.batch_size} and {self.alpha_every}"
+            )
+        if not 0 <= self.warmup_fraction < 1 or not 0 <= self.exploration <= 1:
+            raise ValueError(
+                f"expected warmup_fraction in 0..1 (below 1) and exploration in 0..1, got "
+                f"{self.warmup_fraction} and {self.exploration}"
+            )
+        if not self.alpha_learning_rate > 0 or self.alpha_weight_decay < 0:
+            raise ValueError(
+                f"expected alpha_learning_rate > 0 and alpha_weight_decay >= 0, got "
+                f"{self.alpha_learning_rate} and {self.alpha_weight_decay}"
+            )
+        if self.distillation and not self.sandwich:
+            raise ValueError("distillation needs sandwich: true, whose largest network teaches")
+
+    @property
+    def warmup_steps(self) -> int:
+        """Weight steps before the first alpha step."""
+        return int(self.warmup_fraction * self.steps)
+
+    def progress(self, step: int) -> float:
+        """0 at the first step after the warm-up, 1 at the last."""
+        return (step - self.warmup_steps) / max(self.steps - self.warmup_steps - 1, 1)
+
+
+class OneShotSearch:
+    """A supernet, its architecture parameters, and everything that a checkpoint must hold."""
+
+    def __init__(
+        self,
+        config: SearchConfig,
+        space: SearchSpace,
+        tasks: Mapping[str, Task],
+        table: LatencyTable,
+        *,
+        target_ms: float,
+        splits: Mapping[str, PackedSplit],
+        augmentation: AugmentConfig,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        """Build everything at step 0.
+
+        Raises:
+            ValueError: if the target is below the space's minimum, or a table row is missing.
+        """
+        self.config, self.space, self.tasks = config, space, dict(tasks)
+        self.table, self.target_ms = table, target_ms
+        self.splits, self.augmentation = splits, augmentation
+        self.seed, self.device = seed, device
+        self.out_channels = {name: task.out_channels for name, task in tasks.items()}
+        check_target(table, space, self.out_channels, target_ms)
+        # The weights' first values depend on the seed alone, not on what ran before.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(torch_generator(seed, "supernet").initial_seed())
+            self.supernet = build_network(space, self.out_channels).to(device)
+        self.alpha = ArchitectureParameters(space).to(device)
+        self.optimizer = config.optimizer.build(self.supernet.parameters())
+        self.alpha_optimizer = torch.optim.Adam(
+            self.alpha.parameters(),
+            lr=config.alpha_learning_rate,
+            weight_decay=config.alpha_weight_decay,
+        )
+        self.mu = config.latency.weight if config.latency.schedule != "ramp" else 0.0
+        self.sampled = torch.zeros_like(self.alpha.logits, dtype=torch.long, device="cpu")
+        """How often each option was trained."""
+        self.step = 0
+        self.supernet.train()
+
+    # Checkpoints ----------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """All state that later steps depend on."""
+        return {
+            "step": self.step,
+            "seed": self.seed,
+            "mu": self.mu,
+            "sampled": self.sampled,
+            "supernet": self.supernet.state_dict(),
+            "alpha": self.alpha.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "alpha_optimizer": self.alpha_optimizer.state_dict(),
+            # Order and draws are functions of seed and step; torch's own state is kept for
+            # code that draws from it, such as a user's task.
+            "torch_random_state": torch.get_rng_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state.
+
+        Raises:
+            ValueError: if the state is of another seed or network.
+        """
+        if state["seed"] != self.seed:
+            raise ValueError(f"checkpoint has seed {state['seed']}, the config {self.seed}")
+        try:
+            self.supernet.load_state_dict(state["supernet"])
+            self.alpha.load_state_dict(state["alpha"])
+        except RuntimeError as error:
+            first = str(error).splitlines()[0]
+            raise ValueError(f"the checkpoint is of another network: {first}") from None
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.alpha_optimizer.load_state_dict(state["alpha_optimizer"])
+        self.step, self.mu = state["step"], state["mu"]
+        self.sampled = state["sampled"]
+        torch.set_rng_state(state["torch_random_state"])
+
+    def run(self, folder: Path, checkpoint: Path) -> float:
+        """Search from the current step to the end; returns the seconds that it took.
+
+        Args:
+            folder: the run folder, for the log.
+            checkpoint: the checkpoint file to write.
+
+        Raises:
+            Interrupted: after Ctrl-C, once the checkpoint is written.
+            RuntimeError: if a loss is not finite.
+        """
+
+        def take_step(step: int) -> dict[str, float | Tensor]:
+            values = self.take_step(step)
+            self.step = step + 1
+            if step % (10 * self.config.loop.log_every) == 0:
+                log.histogram(step, "alpha/logits", self.alpha.logits)
+            return values
+
+        with StageLog(folder, "search", total=self.config.steps, start=self.step) as log:
+            run_steps(
+                log,
+                take_step,
+                lambda _: save_checkpoint(checkpoint, self.state_dict()),
+                self._describe,
+                self.config.loop,
+            )
+        return log.seconds
+
+    def _describe(self, values: Mapping[str, float]) -> str:
+        parts = [f"loss {values['loss/weights']:.3f}"]
+        parts += [f"{name} {values[f'loss/{name}']:.3f}" for name in self.tasks]
+        parts.append(f"E[lat] {values['latency/expected_ms']:.3f}/{self.target_ms:g} ms")
+        phase = "warm-up" if values["temperature"] == 0 else f"T {values['temperature']:.2f}"
+        return "  ".join([*parts, phase])
+
+    # Steps ----------------------------------------------------------------------------------
+
+    def take_step(self, step: int) -> dict[str, float | Tensor]:
+        """One weight step and, after the warm-up, its alpha step; returns numbers to log."""
+        self.config.optimizer.apply(self.optimizer, step, self.config.steps)
+        is_warm_up = step < self.config.warmup_steps
+        if self.config.mode == "joint" and not is_warm_up:
+            return self._joint_step(step)
+        values = self._weight_step(step, uniform=is_warm_up)
+        if not is_warm_up and (step - self.config.warmup_steps) % self.config.alpha_every == 0:
+            values |= self._alpha_step(step)
+        else:
+            values |= self._latency_values() | {"temperature": 0.0}
+        return values
+
+    def _weight_step(self, step: int, *, uniform: bool) -> dict[str, float | Tensor]:
+        batch = self._batch("weights", step)
+        self.optimizer.zero_grad(set_to_none=True)
+        path = self.sample_path(step, uniform=uniform)
+        runs = [path]
+        if self.config.sandwich:
+            runs = [self.extreme(path, largest=True), path, self.extreme(path, largest=False)]
+        first: dict[str, Tensor] | None = None
+        total, losses = torch.zeros(()), dict[str, Tensor]()
+        for architecture in runs:
+            outputs = self.supernet(batch["image"], architecture)
+            if first is not None and self.config.distillation:
+                losses = {
+                    name: task.distillation_loss(outputs[name], first[name])
+                    for name, task in self.tasks.items()
+                }
+            else:
+                losses = task_losses(self.tasks, outputs, batch)
+            check_finite(losses, where=f"search step {step}", run=architecture)
+            loss = weighted_sum(self.tasks, losses)
+            (loss / len(runs)).backward()
+            if first is None:
+                first = {name: output.detach() for name, output in outputs.items()}
+                total, logged = loss.detach(), {n: v.detach() for n, v in losses.items()}
+            self._count(architecture)
+        self._weights_update()
+        return {"loss/weights": total} | {f"loss/{name}": loss for name, loss in logged.items()}
+
+    def _weights_update(self) -> None:
+        torch.nn.utils.clip_grad_norm_(
+            self.supernet.parameters(), self.config.optimizer.clip_grad_norm
+        )
+        self.optimizer.step()
+
+    def _alpha_step(self, step: int) -> dict[str, float | Tensor]:
+        batch = self._batch("alpha", step)
+        temperature, gates = self._gates(step)
+        losses = task_losses(self.tasks, self.supernet(batch["image"], gates), batch)
+        check_finite(losses, where=f"search step {step} (alpha)", run=self.alpha.argmax())
+        # Gradients of alpha only: autograd leaves out those of the weights.
+        (task_gradient,) = torch.autograd.grad(weighted_sum(self.tasks, losses), self.alpha.logits)
+        return self._alpha_update(step, task_gradient) | {
+            "temperature": temperature,
+            "loss/alpha": weighted_sum(self.tasks, losses).detach(),
+        }
+
+    def _joint_step(self, step: int) -> dict[str, float | Tensor]:
+        halves = [self._batch("weights", step), self._batch("alpha", step)]
+        batch = {name: torch.cat([half[name] for half in halves]) for name in halves[0]}
+        self.optimizer.zero_grad(set_to_none=True)
+        self.alpha_optimizer.zero_grad(set_to_none=True)
+        temperature, gates = self._gates(step)
+        losses = task_losses(self.tasks, self.supernet(batch["image"], gates), batch)
+        check_finite(losses, where=f"search step {step} (joint)", run=self.alpha.argmax())
+        loss = weighted_sum(self.tasks, losses)
+        loss.backward()
+        self._weights_update()
+        assert self.alpha.logits.grad is not None
+        values = self._alpha_update(step, self.alpha.logits.grad)
+        values |= {"temperature": temperature, "loss/weights": loss.detach()}
+        return values | {f"loss/{name}": value.detach() for name, value in losses.items()}
+
+    def _gates(self, step: int) -> tuple[float, Any]:
+        temperature = self.config.temperature.at(self.config.progress(step))
+        generator = torch_generator(self.seed, "gumbel", step)
+        return temperature, self.alpha.gates(temperature, hard=True, generator=generator)
+
+    def _alpha_update(self, step: int, task_gradient: Tensor) -> dict[str, float | Tensor]:
+        """Add the latency term's gradient, step alpha, move mu."""
+        latency = self.config.latency
+        if latency.schedule == "ramp":
+            self.mu = latency.weight * min(2 * self.config.progress(step), 1.0)
+        expected = self.expected_latency()
+        log_ratio = (expected / self.target_ms).log()
+        (latency_gradient,) = torch.autograd.grad(self.mu * log_ratio.relu(), self.alpha.logits)
+        self.alpha.logits.grad = task_gradient + latency_gradient
+        self.alpha_optimizer.step()
+        if latency.schedule == "dual":
+            self.mu = max(0.0, self.mu + latency.dual_rate * float(log_ratio.detach()))
+        norms = task_gradient.norm(), latency_gradient.norm()
+        return {
+            "latency/expected_ms": expected.detach(),
+            "latency/mu": self.mu,
+            "alpha/entropy": self.alpha.entropy().detach(),
+            "alpha/latency_to_task_gradient": norms[1] / norms[0].clamp_min(1e-12),
+        }
+
+    def _latency_values(self) -> dict[str, float | Tensor]:
+        with torch.no_grad():
+            return {
+                "latency/expected_ms": self.expected_latency(),
+                "latency/mu": self.mu,
+                "alpha/entropy": self.alpha.entropy(),
+            }
+
+    def expected_latency(self) -> Tensor:
+        """E[latency] under softmax(alpha), in milliseconds, with gradient."""
+        return expected_latency(
+            self.table, self.space, self.alpha.probabilities(), self.out_channels
+        )
+
+    def _batch(self, split: str, step: int) -> dict[str, Tensor]:
+        return training_batch(
+            self.splits[split],
+            name=f"search.{split}",
+            step=step,
+            batch_size=self.config.batch_size,
+            seed=self.seed,
+            augmentation=self.augmentation,
+            device=self.device,
+        )
+
+    # Architectures --------------------------------------------------------------------------
+
+    def sample_path(self, step: int, *, uniform: bool) -> Architecture:
+        """The architecture that a weight step trains: from softmax(alpha), in part uniform."""
+        generator = numpy_generator(self.seed, "path", step)
+        if uniform:
+            return self.space.sample(generator)
+        rows = self.alpha.padded_logits().detach().double().softmax(1).cpu().numpy()
+        share, indices = self.config.exploration, []
+        for row, choice in zip(rows, self.space.choices, strict=True):
+            count = len(choice.options)
+            weights = (1 - share) * row[:count] + share / count
+            indices.append(int(generator.choice(count, p=weights / weights.sum())))
+        return self.space.decode(indices)
+
+    def extreme(self, path: Architecture, *, largest: bool) -> Architecture:
+        """The largest or smallest architecture with the ops of a path."""
+        indices = [
+            index
+            if choice.field == "op"
+            else (len(choice.options) - 1 if largest else 0)
+            for index, choice in zip(self.space.encode(path), self.space.choices, strict=True)
+        ]
+        return self.space.decode(indices)
+
+    def _count(self, architecture: Architecture) -> None:
+        rows = torch.tensor(self.space.encode(architecture))
+        self.sampled[self.alpha.index.cpu().gather(1, rows.view(-1, 1)).view(-1)] += 1
+
+    # Alarms ---------------------------------------------------------------------------------
+
+    def alarms(self) -> list[str]:
+        """What looks wrong with the search, in words; empty if nothing does."""
+        found = []
+        never = int((self.sampled == 0).sum())
+        if never:
+            found.append(
+                f"{never} of {len(self.sampled)} options were never trained; search longer or "
+                f"raise exploration"
+            )
+        maximum = sum(math.log(len(choice.options)) for choice in self.space.choices)
+        entropy = float(self.alpha.entropy().detach())
+        if self.step >= self.config.steps and entropy > 0.95 * maximum:
+            found.append(
+                f"alpha is still almost uniform (entropy {entropy:.1f} of {maximum:.1f} nats); "
+                f"raise alpha_learning_rate or search longer"
+            )
+        if self.config.progress(self.step) < 0.5 and entropy < 0.1 * maximum:
+            found.append(
+                f"alpha collapsed early (entropy {entropy:.1f} of {maximum:.1f} nats); lower "
+                f"alpha_learning_rate or warm up longer"
+            )
+        expected = float(self.expected_latency().detach())
+        if self.step >= self.config.steps and expected > 1.1 * self.target_ms:
+            found.append(
+                f"E[latency] {expected:.3g} ms ends above the target {self.target_ms:.3g} ms; "
+                f"raise latency.weight or use the dual schedule"
+            )
+        return found
+
+
+def check_target(
+    table: LatencyTable,
+    space: SearchSpace,
+    out_channels: Mapping[str, int],
+    target_ms: float,
+) -> None:
+    """Refuse a target that no architecture meets.
+
+    Raises:
+        ValueError: naming the target and the space's minimum and maximum.
+    """
+    costs = table.costs(space, out_channels)
+    if not target_ms >= costs.min_latency_ms:
+        raise ValueError(
+            f"latency.target_ms is {target_ms:.4g} ms, below the minimum of space {space.name}: "
+            f"{costs.min_latency_ms:.4g} ms (maximum {costs.max_latency_ms:.4g} ms)"
+        )
+
+
+def resume_search(search: OneShotSearch, checkpoint: Path) -> None:
+    """Continue from a checkpoint file where there is one.
+
+    Raises:
+        ValueError: if it is damaged or of another run.
+    """
+    if checkpoint.exists():
+        search.load_state_dict(load_checkpoint(checkpoint))
+
+

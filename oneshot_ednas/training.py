@@ -1,0 +1,361 @@
+"""What every training shares: batches, losses, evaluation, the step loop, its log and its seeds.
+
+Random draws are functions of (seed, purpose, step), so a resumed run needs no generator state:
+it draws at step n what the uninterrupted run would have drawn.
+"""
+
+import contextlib
+import json
+import math
+import signal
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Self
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+
+from oneshot_ednas.data.packed import PackedSplit, batch_indices
+from oneshot_ednas.data.transforms import AugmentConfig, augment
+from oneshot_ednas.models.network import Network
+from oneshot_ednas.reward import accuracy_product
+from oneshot_ednas.tasks import Task
+
+Batch = dict[str, Tensor]
+Metrics = dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Adam with a cosine learning rate, as in EDNAS section 4.1."""
+
+    learning_rate: float = 3e-3
+    weight_decay: float = 1e-5
+    warmup_fraction: float = 0.05
+    """Share of the steps in which the learning rate rises from 0."""
+    clip_grad_norm: float = 5.0
+    """Largest norm of the gradient of all weights."""
+
+    def __post_init__(self) -> None:
+        """Rates are positive."""
+        if not self.learning_rate > 0 or not self.clip_grad_norm > 0 or self.weight_decay < 0:
+            raise ValueError(
+                f"expected learning_rate > 0, clip_grad_norm > 0 and weight_decay >= 0, got "
+                f"{self.learning_rate}, {self.clip_grad_norm} and {self.weight_decay}"
+            )
+        if not 0 <= self.warmup_fraction < 1:
+            raise ValueError(f"warmup_fraction: expected 0 to below 1, got {self.warmup_fraction}")
+
+    def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Adam:
+        """The optimizer at step 0."""
+        return torch.optim.Adam(
+            parameters, lr=self.learning_rate, weight_decay=self.weight_decay
+        )
+
+    def rate_at(self, step: int, num_steps: int) -> float:
+        """Learning rate of a step: a linear rise, then half a cosine down to 0."""
+        rise = self.warmup_fraction * num_steps
+        if step < rise:
+            return self.learning_rate * (step + 1) / (rise + 1)
+        progress = (step - rise) / max(num_steps - rise, 1)
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+    def apply(self, optimizer: torch.optim.Optimizer, step: int, num_steps: int) -> None:
+        """Set the learning rate of a step."""
+        for group in optimizer.param_groups:
+            group["lr"] = self.rate_at(step, num_steps)
+
+
+# Seeds --------------------------------------------------------------------------------------
+
+
+def derived_seed(seed: int, *purpose: str | int) -> int:
+    """A seed for one purpose, for example `derived_seed(0, "augment", step)`."""
+    words = [zlib.crc32(part.encode()) if isinstance(part, str) else part for part in purpose]
+    return int(np.random.SeedSequence([seed, *words]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def torch_generator(seed: int, *purpose: str | int) -> torch.Generator:
+    """A CPU generator for one purpose."""
+    return torch.Generator().manual_seed(derived_seed(seed, *purpose))
+
+
+def numpy_generator(seed: int, *purpose: str | int) -> np.random.Generator:
+    """A NumPy generator for one purpose."""
+    return np.random.default_rng(derived_seed(seed, *purpose))
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of a name; `auto` takes CUDA, then MPS, then the CPU.
+
+    Raises:
+        ValueError: if the device was asked for and is absent.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device: expected auto, cpu, cuda, cuda:N or mps, got {name}") from None
+    available = {
+        "cpu": True,
+        "cuda": (device.index or 0) < torch.cuda.device_count(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if not available.get(device.type, False):
+        raise ValueError(f"device {name} was asked for and is absent; use auto or cpu")
+    return device
+
+
+# Batches, losses, evaluation ----------------------------------------------------------------
+
+
+def training_batch(
+    split: PackedSplit,
+    *,
+    name: str,
+    step: int,
+    batch_size: int,
+    seed: int,
+    augmentation: AugmentConfig,
+    device: torch.device,
+) -> Batch:
+    """The augmented batch of a step: a pure function of its arguments."""
+    indices = batch_indices(len(split), batch_size, step, derived_seed(seed, name, "order"))
+    batch = split.batch(indices, device)
+    return augment(batch, augmentation, torch_generator(seed, name, "augment", step))
+
+
+def calibration_images(
+    split: PackedSplit, *, num_batches: int, batch_size: int, seed: int, device: torch.device
+) -> Iterator[Tensor]:
+    """Images without augmentation, for BN statistics."""
+    batch_size = min(batch_size, len(split))
+    for step in range(num_batches):
+        indices = batch_indices(len(split), batch_size, step, derived_seed(seed, "calibration"))
+        yield split.batch(indices, device)["image"]
+
+
+def task_losses(
+    tasks: Mapping[str, Task], outputs: Mapping[str, Tensor], batch: Batch
+) -> dict[str, Tensor]:
+    """Loss per task, before its weight."""
+    return {name: task.loss(outputs[name], batch[name]) for name, task in tasks.items()}
+
+
+def weighted_sum(tasks: Mapping[str, Task], losses: Mapping[str, Tensor]) -> Tensor:
+    """Sum of the losses, each times its task's weight."""
+    return torch.stack([task.loss_weight * losses[name] for name, task in tasks.items()]).sum()
+
+
+def check_finite(losses: Mapping[str, Tensor], *, where: str, run: object) -> None:
+    """Stop before a bad loss reaches the weights.
+
+    Args:
+        losses: loss per task.
+        where: stage and step, for the message.
+        run: the architecture that produced them.
+
+    Raises:
+        RuntimeError: naming step, task and architecture.
+    """
+    # One transfer for all tasks; the names are looked up only when something is wrong.
+    if bool(torch.stack([loss.detach() for loss in losses.values()]).isfinite().all()):
+        return
+    bad = [name for name, loss in losses.items() if not math.isfinite(float(loss))]
+    raise RuntimeError(
+        f"{where}: the loss of {', '.join(bad)} is not finite, architecture {run}; the last "
+        f"checkpoint is kept; lower the learning rate or check the labels, then --resume"
+    )
+
+
+@torch.inference_mode()
+def evaluate(
+    network: Network,
+    split: PackedSplit,
+    tasks: Mapping[str, Task],
+    *,
+    batch_size: int,
+    device: torch.device,
+) -> Metrics:
+    """Metrics per task over a whole split, with the network's running BN statistics.
+
+    Raises:
+        ValueError: if a label is out of range or no pixel is valid.
+    """
+    network.eval()
+    pooled = {name: task.new_metric() for name, task in tasks.items()}
+    for start in range(0, len(split), batch_size):
+        indices = np.arange(start, min(start + batch_size, len(split)))
+        batch = split.batch(indices, device)
+        outputs = network(batch["image"])
+        for name, metric in pooled.items():
+            metric.update(outputs[name], batch[name])
+    return {name: metric.compute() for name, metric in pooled.items()}
+
+
+def accuracy_of(tasks: Mapping[str, Task], metrics: Metrics) -> float:
+    """Accuracy product (EDNAS eq. 6-7) with the tasks' reward metrics."""
+    weights = {name: task.reward_metrics for name, task in tasks.items()}
+    return accuracy_product(metrics, weights=weights)
+
+
+# The step loop ------------------------------------------------------------------------------
+
+
+class Interrupted(Exception):  # noqa: N818
+    """The run was asked to stop and has written its checkpoint."""
+
+
+class StopRequest:
+    """Turns Ctrl-C and SIGTERM into a request that the loop honours between two steps.
+
+    A second Ctrl-C stops at once.
+    """
+
+    def __init__(self) -> None:
+        self.is_set = False
+        self._before: dict[int, signal.Handlers | Callable[..., object] | int | None] = {}
+
+    def __enter__(self) -> Self:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if self.is_set and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.is_set = True
+
+
+class StageLog:
+    """Log of one stage: `metrics.jsonl`, TensorBoard and a progress bar on a terminal."""
+
+    def __init__(self, folder: Path, stage: str, *, total: int, start: int = 0) -> None:
+        self.stage, self.total, self.start = stage, total, start
+        self._path = folder / "metrics.jsonl"
+        _drop_lines_from(self._path, stage, start)
+        self._writer = SummaryWriter(str(folder / "tensorboard" / stage), purge_step=start)
+        console = Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[text]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._bar = self._progress.add_task(stage, total=total, completed=start, text="")
+        self.seconds = 0.0
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        self._began = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds = time.perf_counter() - self._began
+        self._progress.stop()
+        self._writer.close()
+
+    def scalars(self, step: int, values: Mapping[str, float | Tensor]) -> None:
+        """Write numbers of a step; `group/name` keys group in TensorBoard."""
+        numbers = {name: float(value) for name, value in values.items()}
+        line = json.dumps({"stage": self.stage, "step": step, **numbers})
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+        for name, number in numbers.items():
+            self._writer.add_scalar(name, number, step)
+
+    def histogram(self, step: int, name: str, values: Tensor) -> None:
+        """Write a histogram to TensorBoard."""
+        self._writer.add_histogram(name, values.detach().cpu(), step)
+
+    def advance(self, step: int, text: str) -> None:
+        """Move the bar to `step` finished steps."""
+        self._progress.update(self._bar, completed=step, text=text)
+
+
+def _drop_lines_from(path: Path, stage: str, step: int) -> None:
+    """Forget logged steps that a resumed run will do again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):  # a line torn by a crash is dropped too
+            entry = json.loads(line)
+            if entry["stage"] != stage or entry["step"] < step:
+                kept.append(line + "\n")
+    path.write_text("".join(kept), encoding="utf-8")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """How often a step loop writes."""
+
+    log_every: int = 20
+    """Steps between entries of the log."""
+    checkpoint_every: int = 200
+    """Steps between checkpoints: the most that a crash can lose."""
+
+    def __post_init__(self) -> None:
+        """Intervals are positive."""
+        if self.log_every < 1 or self.checkpoint_every < 1:
+            raise ValueError(
+                f"expected log_every and checkpoint_every of at least 1, got "
+                f"{self.log_every} and {self.checkpoint_every}"
+            )
+
+
+def run_steps(
+    log: StageLog,
+    take_step: Callable[[int], Mapping[str, float | Tensor]],
+    save: Callable[[int], None],
+    describe: Callable[[Mapping[str, float]], str],
+    config: LoopConfig,
+) -> None:
+    """Take the steps that are left, log, save, and stop between steps when asked to.
+
+    Args:
+        log: the stage's log; knows first and last step.
+        take_step: does one step and returns numbers for the log.
+        save: writes a checkpoint that holds this many finished steps.
+        describe: a short text for the progress bar.
+        config: intervals.
+
+    Raises:
+        Interrupted: after Ctrl-C or SIGTERM, once the checkpoint is written.
+    """
+    with StopRequest() as stop:
+        for step in range(log.start, log.total):
+            values = take_step(step)
+            done = step + 1
+            if step % config.log_every == 0 or done == log.total:
+                numbers = {name: float(value) for name, value in values.items()}
+                log.scalars(step, numbers)
+                log.advance(done, describe(numbers))
+            if done % config.checkpoint_every == 0 or done == log.total or stop.is_set:
+                save(done)
+            if stop.is_set and done < log.total:
+                raise Interrupted(f"stopped after step {done} of {log.total} in {log.stage}")
+
+
+def note(text: str) -> None:
+    """A line for the person at the terminal, on stderr."""
+    print(text, file=sys.stderr, flush=True)
