@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-from oneshot_ednas.schema import nearest
+from oneshot_ednas.schema import nearest, read_json
 
 FORMAT = 1
 
@@ -85,13 +85,7 @@ class Architecture:
             FileNotFoundError: if there is no such file.
             ValueError: if it is not an architecture; names the file and the place.
         """
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"no architecture file {path}")
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path}: not valid JSON: {error}") from None
-        return cls.from_json(data, source=str(path))
+        return cls.from_json(read_json(Path(path)), source=str(path))
 
     def __str__(self) -> str:
         """Short form, one word per block: `f5e6c36` is a Fused-IBN, kernel 5, expansion 6."""

@@ -70,7 +70,7 @@ def describe_network(
         part = placed.where.split(".")[0]
         if table is not None:
             block_ms[part] = block_ms.get(part, 0.0) + table.row(placed.operation).latency_ms
-    parts = [("stem", "backbone.stem", {})]
+    parts: list[tuple[str, str, dict[str, Any]]] = [("stem", "backbone.stem", {})]
     for number, (spec, block) in enumerate(
         zip(space.blocks, architecture.blocks, strict=True), start=1
     ):

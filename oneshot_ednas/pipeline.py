@@ -32,16 +32,15 @@ from oneshot_ednas.ranking import rank_candidates
 from oneshot_ednas.report import RunPictures, write_report
 from oneshot_ednas.retrain import retrain
 from oneshot_ednas.reward import reward
-from oneshot_ednas.schema import dump_yaml, find_file, load_yaml, to_plain
+from oneshot_ednas.schema import dump_yaml, find_file, load_yaml, read_json
 from oneshot_ednas.search import OneShotSearch, check_target, resume_search
 from oneshot_ednas.space import SearchSpace, named_space
-from oneshot_ednas.store import read_json, write_json, write_text
+from oneshot_ednas.store import load_checkpoint, write_json, write_text
 from oneshot_ednas.tasks import Task, make_tasks
 from oneshot_ednas.training import (
     Metrics,
     accuracy_of,
     choose_device,
-    derived_seed,
     evaluate,
     note,
     numpy_generator,
@@ -164,7 +163,7 @@ class Run:
                 raise ValueError(f"{files.folder} already holds this run; go on with --resume")
         elif files.folder.exists() and any(files.folder.iterdir()):
             raise ValueError(f"{files.folder} is not empty and holds no run; choose another --out")
-        if SearchSpace.load(files.space) != self.space if files.space.exists() else False:
+        if files.space.exists() and SearchSpace.load(files.space) != self.space:
             raise ValueError(f"{files.space} is another space than {self.config.space} now is")
         splits = {
             name: [self.train.sources[i] for i in part] for name, part in self.indices.items()
@@ -240,7 +239,6 @@ class Run:
         with self.timed("derive"):
             budget = BudgetSearch(search.alpha, self.costs)
             found = budget.best(self.target_ms, config.num_candidates)
-            # The base network is a candidate too where it fits: a search should not lose to it.
             ranked = rank_candidates(
                 found,
                 search.supernet,
@@ -450,8 +448,6 @@ class Run:
         return self._train(architecture, stage, number)
 
     def _steps_done(self, path: Path) -> int:
-        from oneshot_ednas.store import load_checkpoint
-
         return int(load_checkpoint(path)["step"])
 
     def _score(self, network: Network) -> Metrics:
@@ -519,9 +515,7 @@ def _load_space(name: str, config_path: Path) -> SearchSpace:
 def _probabilities(search: OneShotSearch) -> dict[str, dict[str, float]]:
     rows = search.alpha.padded_logits().detach().double().softmax(1).tolist()
     return {
-        choice.name: {
-            str(option): row[i] for i, option in enumerate(choice.options)
-        }
+        choice.name: {str(option): row[i] for i, option in enumerate(choice.options)}
         for choice, row in zip(search.space.choices, rows, strict=True)
     }
 

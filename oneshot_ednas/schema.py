@@ -1,10 +1,11 @@
-"""Strict files: YAML into frozen dataclasses by field type, and the files shipped with the package.
+"""Strict reading: YAML into frozen dataclasses by field type, JSON, and the shipped files.
 
 Every error is one line that names the file, the line, what was expected and what came.
 """
 
 import dataclasses
 import difflib
+import json
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -97,6 +98,21 @@ def parse_yaml(text: str, cls: type[T], *, source: str, overrides: Iterable[str]
     for override in overrides:
         _apply_override(root, override, source)
     return cast(T, _Reader(source).read(root, cls, ""))
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not JSON; names the file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from None
 
 
 def to_plain(value: Any) -> Any:

@@ -20,7 +20,7 @@ from oneshot_ednas.data.packed import PackedSplit
 from oneshot_ednas.data.transforms import AugmentConfig
 from oneshot_ednas.latency.expected import expected_latency
 from oneshot_ednas.latency.table import LatencyTable
-from oneshot_ednas.models.network import Network, build_network
+from oneshot_ednas.models.network import build_network
 from oneshot_ednas.relaxation import ArchitectureParameters, TemperatureConfig
 from oneshot_ednas.space import SearchSpace
 from oneshot_ednas.store import load_checkpoint, save_checkpoint
@@ -264,7 +264,7 @@ class OneShotSearch:
         if self.config.sandwich:
             runs = [self.extreme(path, largest=True), path, self.extreme(path, largest=False)]
         first: dict[str, Tensor] | None = None
-        total, losses = torch.zeros(()), dict[str, Tensor]()
+        total, logged = torch.zeros(()), dict[str, Tensor]()
         for architecture in runs:
             outputs = self.supernet(batch["image"], architecture)
             if first is not None and self.config.distillation:
@@ -282,7 +282,9 @@ class OneShotSearch:
                 total, logged = loss.detach(), {n: v.detach() for n, v in losses.items()}
             self._count(architecture)
         self._weights_update()
-        return {"loss/weights": total} | {f"loss/{name}": loss for name, loss in logged.items()}
+        values: dict[str, float | Tensor] = {"loss/weights": total}
+        values |= {f"loss/{name}": loss for name, loss in logged.items()}
+        return values
 
     def _weights_update(self) -> None:
         torch.nn.utils.clip_grad_norm_(
@@ -316,7 +318,8 @@ class OneShotSearch:
         assert self.alpha.logits.grad is not None
         values = self._alpha_update(step, self.alpha.logits.grad)
         values |= {"temperature": temperature, "loss/weights": loss.detach()}
-        return values | {f"loss/{name}": value.detach() for name, value in losses.items()}
+        values |= {f"loss/{name}": value.detach() for name, value in losses.items()}
+        return values
 
     def _gates(self, step: int) -> tuple[float, Any]:
         temperature = self.config.temperature.at(self.config.progress(step))
@@ -386,9 +389,7 @@ class OneShotSearch:
     def extreme(self, path: Architecture, *, largest: bool) -> Architecture:
         """The largest or smallest architecture with the ops of a path."""
         indices = [
-            index
-            if choice.field == "op"
-            else (len(choice.options) - 1 if largest else 0)
+            index if choice.field == "op" else (len(choice.options) - 1 if largest else 0)
             for index, choice in zip(self.space.encode(path), self.space.choices, strict=True)
         ]
         return self.space.decode(indices)
@@ -456,5 +457,3 @@ def resume_search(search: OneShotSearch, checkpoint: Path) -> None:
     """
     if checkpoint.exists():
         search.load_state_dict(load_checkpoint(checkpoint))
-
-

@@ -25,6 +25,10 @@ def write_bytes(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
+        # mkstemp makes private files; what lasts gets the permissions of any other new file.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.fchmod(handle, 0o666 & ~umask)
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
@@ -48,21 +52,6 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: object) -> None:
     """`write_bytes` for JSON; non-finite numbers are an error, since JSON has none."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    """Read JSON.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is not JSON; names the file.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from None
 
 
 def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:

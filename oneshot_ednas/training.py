@@ -57,9 +57,7 @@ class OptimizerConfig:
 
     def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Adam:
         """The optimizer at step 0."""
-        return torch.optim.Adam(
-            parameters, lr=self.learning_rate, weight_decay=self.weight_decay
-        )
+        return torch.optim.Adam(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
 
     def rate_at(self, step: int, num_steps: int) -> float:
         """Learning rate of a step: a linear rise, then half a cosine down to 0."""
@@ -235,7 +233,7 @@ class StopRequest:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+            signal.signal(number, handler)
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if self.is_set and number == signal.SIGINT:

@@ -113,10 +113,19 @@ def test_the_short_form_has_one_word_per_block():
         ({"blocks": 3}, r'expected an object with a list "blocks"'),
         ({"format": 2, "blocks": []}, r"expected format 1, got 2; a newer version"),
         ({"blocks": [], "block": []}, r"unknown key block; did you mean blocks\?"),
-        ({"blocks": [BLOCK, 3]}, r"^a\.json: block 2: expected an object with keys op, kernel_size"),
-        ({"blocks": [BLOCK | {"kernel": 3}]}, r"block 1: unknown key kernel; did you mean kernel_size"),
+        (
+            {"blocks": [BLOCK, 3]},
+            r"^a\.json: block 2: expected an object with keys op, kernel_size",
+        ),
+        (
+            {"blocks": [BLOCK | {"kernel": 3}]},
+            r"block 1: unknown key kernel; did you mean kernel_size",
+        ),
         ({"blocks": [{"op": "ibn"}]}, r"block 1: missing key kernel_size"),
-        ({"blocks": [BLOCK | {"filters": 8.0}]}, r"block 1: filters: expected a whole number, got 8\.0"),
+        (
+            {"blocks": [BLOCK | {"filters": 8.0}]},
+            r"block 1: filters: expected a whole number, got 8\.0",
+        ),
         ({"blocks": [BLOCK | {"filters": True}]}, r"filters: expected a whole number, got True"),
         ({"blocks": [BLOCK | {"op": 1}]}, r"block 1: op: expected text, got 1"),
     ],

@@ -16,12 +16,10 @@ from oneshot_ednas.latency.edgetpu import (
     EdgeTpuConstants,
     HostConstants,
     Layer,
-    read_networks,
-    score_networks,
-    spearman,
     split_units,
     work,
 )
+from oneshot_ednas.latency.published import read_networks, score_networks, spearman
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / os.environ.get("ONESHOT_EDNAS_SHARED_DATA", "../shared/data") / "edgetpu"

@@ -74,6 +74,15 @@ def test_pixels_without_depth_take_no_part():
     assert np.abs(normals[~invalid] - np.array([0, 0, -1])).max() < 1e-6
 
 
+def test_every_normal_points_against_its_ray_even_for_wild_depths():
+    depth = np.random.default_rng(0).lognormal(sigma=2.0, size=(HEIGHT, WIDTH))
+    depth[np.random.default_rng(1).random(depth.shape) < 0.7] = 0
+    normals = normals_from_depth(depth, *CAMERA)
+    found = np.abs(normals).sum(-1) > 0
+    assert found.sum() > 500
+    assert ((normals * rays()).sum(-1)[found] < 0).all()
+
+
 def test_too_few_points_or_points_on_one_line_give_no_normal():
     depth = np.zeros((20, 20))
     depth[10] = 2.0  # a row of 9 or more points, all on one line

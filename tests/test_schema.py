@@ -125,20 +125,29 @@ def test_to_plain_leaves_no_dataclass_tuple_or_path():
     [
         ("name: x\nmod: linear", r"^a\.yaml:2: unknown key mod; did you mean mode\?$"),
         ("name: x\nzzzz: 1", r"^a\.yaml:2: unknown key zzzz; known: either, folder, .*weights$"),
-        ("name: x\ninner:\n  step: 1", r"^a\.yaml:3: unknown key inner\.step; did you mean steps\?"),
+        (
+            "name: x\ninner:\n  step: 1",
+            r"^a\.yaml:3: unknown key inner\.step; did you mean steps\?",
+        ),
         ("name: x\nmode: linear\nname: y", r"^a\.yaml:3: duplicate key name$"),
         ("name: x\nweights: {a: 1, a: 2}", r"^a\.yaml:2: duplicate key weights\.a$"),
         ("is_fast: true", r"^a\.yaml:1: missing key name$"),
         ("", r"^a\.yaml: missing key name$"),
         ("name: x\nis_fast: 1", r"^a\.yaml:2: is_fast: expected true or false, got '1'$"),
-        ("name: x\ninner:\n  steps: 1.5", r"^a\.yaml:3: inner\.steps: expected a whole number, got '1.5'"),
+        (
+            "name: x\ninner:\n  steps: 1.5",
+            r"^a\.yaml:3: inner\.steps: expected a whole number, got '1.5'",
+        ),
         ("name: x\ninner: {steps: '3'}", r"inner\.steps: expected a whole number, got '3'"),
         ("name: x\ninner: {rate: fast}", r"inner\.rate: expected a number, got 'fast'"),
         ("name: x\ninner: {rate: }", r"inner\.rate: expected a number, got nothing"),
         ("name: x\ninner: {rate: [1]}", r"inner\.rate: expected a number, got a list"),
         ("name:", r"^a\.yaml:1: name: expected text, got nothing$"),
         ("name: {a: 1}", r"name: expected text, got keys and values"),
-        ("name: x\nmode: cosine", r"^a\.yaml:2: mode: expected one of linear, constant, got cosine$"),
+        (
+            "name: x\nmode: cosine",
+            r"^a\.yaml:2: mode: expected one of linear, constant, got cosine$",
+        ),
         ("name: x\ninner: 3", r"^a\.yaml:2: inner: expected keys and values, got '3'$"),
         ("[1, 2]", r"^a\.yaml:1: file: expected keys and values, got a list$"),
         ("? [1]\n: 2", r"^a\.yaml:1: file: expected a plain key, got a list$"),
@@ -171,8 +180,12 @@ def test_a_field_type_that_yaml_cannot_hold_is_our_own_mistake():
 
 
 def test_overrides_replace_and_add_values_by_dotted_key():
-    got = read("name: x\ninner: {steps: 3}", "inner.rate=0.5", "name=y", "weights.depth=2", "sizes=[4]")
-    assert got == Outer(name="y", inner=Inner(steps=3, rate=0.5), sizes=(4,), weights={"depth": 2.0})
+    got = read(
+        "name: x\ninner: {steps: 3}", "inner.rate=0.5", "name=y", "weights.depth=2", "sizes=[4]"
+    )
+    assert got == Outer(
+        name="y", inner=Inner(steps=3, rate=0.5), sizes=(4,), weights={"depth": 2.0}
+    )
     assert read("limit: 3\nname: x", "limit=").limit is None
     assert read("", "name=x", "inner.steps=4") == Outer(name="x", inner=Inner(steps=4))
 
@@ -205,7 +218,9 @@ def test_load_yaml_names_the_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no file .*other\.yaml"):
         load_yaml(tmp_path / "other.yaml", Outer)
     path.write_bytes(b"name: \xff\n")
-    with pytest.raises(ValueError, match=r"config\.yaml: expected UTF-8 text, got invalid start byte"):
+    with pytest.raises(
+        ValueError, match=r"config\.yaml: expected UTF-8 text, got invalid start byte"
+    ):
         load_yaml(path, Outer)
     path.write_text("name: x\n")
     assert load_yaml(path, Outer, overrides=["mode=constant"]).mode == "constant"
@@ -227,7 +242,9 @@ def test_files_are_looked_up_as_given_then_beside_then_among_the_shipped(tmp_pat
     assert find_file("a.yaml", beside=beside) == Path("a.yaml")
     name = "configs/spaces/ednas_tiny.yaml"
     assert find_file(name, beside=beside) == shipped(name)
-    with pytest.raises(FileNotFoundError, match=r"no file b\.yaml \(tried b\.yaml, .*sub/b\.yaml, and"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no file b\.yaml \(tried b\.yaml, .*sub/b\.yaml, and"
+    ):
         find_file("b.yaml", beside=beside)
     with pytest.raises(FileNotFoundError, match=r"no file /nowhere/b\.yaml"):
         find_file("/nowhere/b.yaml", beside=beside)

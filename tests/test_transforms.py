@@ -140,6 +140,27 @@ def test_each_colour_change_is_the_textbook_formula(kind):
     torch.testing.assert_close(y, expected)
 
 
+def test_all_colour_changes_are_brightness_then_contrast_then_saturation():
+    batch = make_batch(size=6)
+    batch["image"] = batch["image"] * 0.2
+    result = run(batch, AugmentConfig(brightness=0.3, contrast=0.4, colour=0.5))["image"]
+    draws = torch.rand(6, 7, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    strengths = torch.tensor([0.3, 0.4, 0.5])
+    brightness, contrast, colour = (1 + strengths * draws[:, 4:]).T.view(3, -1, 1, 1, 1)
+    luma = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
+    x = (batch["image"] + 1) / 2 * brightness
+    mean = (x * luma).sum(dim=1, keepdim=True).mean(dim=(2, 3), keepdim=True)
+    x = (x - mean) * contrast + mean
+    grey = (x * luma).sum(dim=1, keepdim=True)
+    torch.testing.assert_close((result + 1) / 2, grey + (x - grey) * colour)
+
+
+def test_an_enlarged_plain_image_stays_plain_up_to_its_border():
+    batch = {"image": torch.full((64, 3, 12, 16), 0.8)}
+    result = run(batch, AugmentConfig(flip=True, scale=(1.0, 1.5)))
+    torch.testing.assert_close(result["image"], batch["image"])
+
+
 def test_grey_images_stay_grey():
     batch = make_batch()
     batch["image"] = batch["image"][:, :1].repeat(1, 3, 1, 1)

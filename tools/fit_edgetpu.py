@@ -18,16 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from oneshot_ednas.latency.edgetpu import (
-    ELEMENTWISE_OPS,
-    EdgeTpuConstants,
-    HostConstants,
-    PublishedNetwork,
-    predict_ms,
-    read_networks,
-    score,
-    work,
-)
+from oneshot_ednas.latency.edgetpu import ELEMENTWISE_OPS, EdgeTpuConstants, HostConstants, work
+from oneshot_ednas.latency.published import PublishedNetwork, predict_ms, read_networks, score
 
 # start, lowest, highest. The bounds are what public sources and datasheets leave open:
 # 0.97-1.02 TMAC/s sustained, 0-10 us per op, 10-32 bytes/ns on chip, 0.3-0.8 ms fixed over USB.

@@ -110,9 +110,7 @@ def load_data(
                 progress=progress,
             )
 
-    train, test = (
-        _with_progress(split, load) for split in (config.train_split, config.test_split)
-    )
+    train, test = (_with_progress(split, load) for split in (config.train_split, config.test_split))
     for split in (train, test):
         _check_tasks(split, tasks)
     return train, test

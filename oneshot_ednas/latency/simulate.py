@@ -16,7 +16,9 @@ def operation_layers(operation: Operation) -> list[Layer]:
     kernel, stride = operation.kernel_size, operation.stride
     in_channels, out_channels = operation.in_channels, operation.out_channels
 
-    def layer(op: str, size: tuple[int, int], c: int, to: tuple[int, int], d: int, k: int, s: int) -> Layer:
+    def layer(
+        op: str, size: tuple[int, int], c: int, to: tuple[int, int], d: int, k: int, s: int
+    ) -> Layer:
         return Layer(op, *size, c, *to, d, k, k, s)
 
     size = (height, width)

@@ -35,10 +35,10 @@ class Backbone(nn.Module):
         in_gate = x.new_ones(1)
         for number, block in enumerate(self.blocks, start=1):
             if isinstance(run, Architecture):
-                x = block.sliced(x, run.blocks[number - 1])  # type: ignore[operator]
+                x = block(x, run.blocks[number - 1])
             else:
                 gates = run[number - 1]
-                x = block.relaxed(x, gates, in_gate)  # type: ignore[operator]
+                x = block(x, gates, in_gate)
                 in_gate = gates.filters
             if number in self.tap_blocks:
                 taps.append(x)

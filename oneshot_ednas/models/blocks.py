@@ -10,6 +10,7 @@ FBNetV2 (Wan et al., CVPR 2020); the blocks of EDNAS (Vu et al., WACV 2023), fig
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -253,33 +254,42 @@ class ElasticBlock(nn.Module):
         )
         self.register_buffer("hidden_steps", _steps(hidden_widths, hidden), persistent=False)
 
-    def sliced(self, x: Tensor, block: BlockArchitecture) -> Tensor:
-        """Run one option: input `block`'s in-width channels, output `block.filters` channels."""
-        y = self.branches[block.op].sliced(x, block)  # type: ignore[operator]
+    def forward(
+        self, x: Tensor, run: BlockArchitecture | BlockGates, in_gate: Tensor | None = None
+    ) -> Tensor:
+        """Run one option's slices, or the mixture of all options.
+
+        Args:
+            x: `[batch, in-width, height, width]`; for the mixture at the largest in-width and
+                already masked by the block before.
+            run: the option, or this block's gates.
+            in_gate: with gates: over the in-width options, the `filters` gate of the block before.
+
+        Returns:
+            `[batch, filters, height, width]`; of a mixture at the largest width, masked.
+        """
+        if isinstance(run, BlockArchitecture):
+            return self._sliced(x, run)
+        assert in_gate is not None
+        return self._relaxed(x, run, in_gate)
+
+    def _sliced(self, x: Tensor, block: BlockArchitecture) -> Tensor:
+        branch = cast(IBN | FusedIBN, self.branches[block.op])
+        y = branch.sliced(x, block)
         has_residual = self.spec.stride == 1 and x.shape[1] == block.filters
         return x + y if has_residual else y
 
-    def relaxed(self, x: Tensor, gates: BlockGates, in_gate: Tensor) -> Tensor:
-        """Run the mixture of all options.
-
-        Args:
-            x: `[batch, max in-width, height, width]`, already masked by the block before.
-            gates: this block's gates.
-            in_gate: gate over the in-width options: the `filters` gate of the block before.
-
-        Returns:
-            `[batch, max filters, height, width]`, masked to the mixture of widths.
-        """
+    def _relaxed(self, x: Tensor, gates: BlockGates, in_gate: Tensor) -> Tensor:
         kernel_mask = torch.einsum("k,khw->hw", gates.kernel_size, self.kernel_steps.to(x.dtype))
         hidden_mask = torch.einsum(
             "i,e,iec->c", in_gate, gates.expand_ratio, self.hidden_steps.to(x.dtype)
         ).view(-1, 1, 1)
         out_mask = (gates.filters @ self.out_steps.to(x.dtype)).view(-1, 1, 1)
-        y = torch.zeros((), dtype=x.dtype, device=x.device)
-        for op, branch in self.branches.items():
-            gate = gates.op[self.spec.ops.index(op)]
-            y = y + gate * branch.relaxed(x, kernel_mask, hidden_mask)  # type: ignore[operator]
-        y = y * out_mask
+        mixed = []
+        for index, op in enumerate(self.spec.ops):
+            branch = cast(IBN | FusedIBN, self.branches[op])
+            mixed.append(gates.op[index] * branch.relaxed(x, kernel_mask, hidden_mask))
+        y = sum(mixed[1:], start=mixed[0]) * out_mask
         pairs = self._equal_widths()
         if not pairs:
             return y

@@ -1,0 +1,160 @@
+"""The simulator held against published latencies of whole networks."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from oneshot_ednas.latency.edgetpu import OPS, EdgeTpu, EdgeTpuConstants, Layer
+from oneshot_ednas.schema import read_json
+
+
+class PublishedNetwork(NamedTuple):
+    """A network with a published Edge TPU latency."""
+
+    group: str
+    model: str
+    host: str
+    """One of the simulator's hosts."""
+    measured_ms: float
+    input_bytes: float
+    output_bytes: float
+    offchip_param_bytes: float | None
+    layers: tuple[Layer, ...]
+
+
+def read_networks(source: Path | str | Mapping[str, Any]) -> list[PublishedNetwork]:
+    """Networks with published latencies, checked field by field.
+
+    Raises:
+        ValueError: naming the network and the field that is missing or wrong.
+    """
+    content = source if isinstance(source, Mapping) else read_json(Path(source))
+    networks = content.get("networks") if isinstance(content, Mapping) else None
+    if not isinstance(networks, list) or not networks:
+        raise ValueError('expected a JSON object with a non-empty list "networks"')
+    return [_network(values, f"network {i}") for i, values in enumerate(networks)]
+
+
+def score_networks(
+    source: Path | str | Mapping[str, Any], constants: EdgeTpuConstants | None = None
+) -> dict[str, Any]:
+    """Hold the simulator against published latencies.
+
+    Returns:
+        `all` and `groups.<name>` (see `score`), one row per network under `networks`, and the
+        error on networks left out, from the fit, under `leave_one_out`.
+
+    Raises:
+        ValueError: if the networks cannot be read.
+    """
+    constants = constants or EdgeTpuConstants.load()
+    networks = read_networks(source)
+    predicted_ms = [predict_ms(network, constants) for network in networks]
+    shown = ("group", "model", "host", "measured_ms")
+    rows = [
+        {**{key: getattr(network, key) for key in shown}, "predicted_ms": predicted}
+        for network, predicted in zip(networks, predicted_ms, strict=True)
+    ]
+    leave_one_out = dict(constants.leave_one_out)
+    return {**score(networks, predicted_ms), "networks": rows, "leave_one_out": leave_one_out}
+
+
+def predict_ms(network: PublishedNetwork, constants: EdgeTpuConstants) -> float:
+    """Simulated latency of a published network on its host."""
+    return EdgeTpu(constants, network.host).network_ms(
+        network.layers,
+        input_bytes=network.input_bytes,
+        output_bytes=network.output_bytes,
+        offchip_parameter_bytes=network.offchip_param_bytes,
+    )
+
+
+def score(networks: Sequence[PublishedNetwork], predicted_ms: Sequence[float]) -> dict[str, Any]:
+    """`all` and `groups.<name>`: n, mape, median_ape, max_ape (percent) and spearman.
+
+    `spearman` is None where ranks say nothing: fewer than two networks, or all equal.
+    """
+    measured = np.array([network.measured_ms for network in networks])
+    predicted = np.asarray(predicted_ms, dtype=float)
+    names = np.array([network.group for network in networks])
+
+    def errors(chosen: np.ndarray) -> dict[str, Any]:
+        ape = 100 * np.abs(predicted[chosen] / measured[chosen] - 1)
+        return {
+            "n": int(chosen.sum()),
+            "mape": float(ape.mean()),
+            "median_ape": float(np.median(ape)),
+            "max_ape": float(ape.max()),
+            "spearman": spearman(predicted[chosen], measured[chosen]),
+        }
+
+    groups = {name: errors(names == name) for name in dict.fromkeys(names.tolist())}
+    return {"all": errors(np.ones(len(names), dtype=bool)), "groups": groups}
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float | None:
+    """Rank correlation, ties averaged; None for fewer than two values or constant ones."""
+    ranks = []
+    for values in (a, b):
+        _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+        ranks.append((np.cumsum(counts) - (counts - 1) / 2)[place])
+    if any(len(set(rank.tolist())) < 2 for rank in ranks):
+        return None
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
+
+
+def _network(values: object, where: str) -> PublishedNetwork:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where}: expected an object, got {values!r}")
+    where = f"{where} ({values.get('model', 'no model')})"
+    for key in ("group", "model", "device", "host", "bus"):
+        if not isinstance(values.get(key), str):
+            raise ValueError(f"{where}: {key} must be text, got {values.get(key)!r}")
+    offchip = "offchip_param_bytes"
+    for key in ("measured_ms", "input_bytes", "output_bytes", *{offchip} & values.keys()):
+        value: Any = values.get(key)
+        # `type` because true and false are integers to isinstance.
+        if type(value) not in (int, float) or not 0 <= value < math.inf:
+            raise ValueError(f"{where}: {key} must be a number of 0 or more, got {value!r}")
+    if values["measured_ms"] == 0:
+        raise ValueError(f"{where}: measured_ms must be positive, got 0")
+    layers = values.get("layers")
+    if not isinstance(layers, list) or not layers:
+        raise ValueError(f"{where}: layers must be a non-empty list, got {layers!r}")
+    return PublishedNetwork(
+        group=values["group"],
+        model=values["model"],
+        host=_host(values["device"], values["bus"], where),
+        measured_ms=float(values["measured_ms"]),
+        input_bytes=float(values["input_bytes"]),
+        output_bytes=float(values["output_bytes"]),
+        offchip_param_bytes=float(values[offchip]) if offchip in values else None,
+        layers=tuple(_layer(layer, f"{where}: layers[{i}]") for i, layer in enumerate(layers)),
+    )
+
+
+def _layer(values: object, where: str) -> Layer:
+    fields = Layer._fields
+    if not isinstance(values, (list, tuple)) or len(values) != len(fields):
+        raise ValueError(f"{where}: expected {len(fields)} values ({fields}), got {values!r}")
+    op, *sizes = values
+    if op not in OPS:
+        raise ValueError(f"{where}: unknown op {op!r}; known: {', '.join(OPS)}")
+    if any(type(size) is not int or size < 1 for size in sizes):
+        raise ValueError(f"{where}: sizes must be whole numbers of 1 or more, got {sizes}")
+    return Layer(op, *sizes)
+
+
+def _host(device: str, bus: str, where: str) -> str:
+    """The simulator's host for a device and bus as published."""
+    bus_name = bus.upper().replace(" ", "")
+    # The one source that states no bus (HW-NAS-Bench) is taken as a Coral Dev Board.
+    on_board = not bus_name or "Dev Board" in device
+    hosts = {"USB3": "usb3-desktop", "USB2": "usb2-raspberry-pi", "PCIE": "pcie-desktop"}
+    host = "pcie-devboard" if on_board else hosts.get(bus_name[:4])
+    if host is None:
+        raise ValueError(f"{where}: bus must be USB 2, USB 3, PCIe or empty, got {bus!r}")
+    return host
