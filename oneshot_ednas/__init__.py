@@ -1,1 +1,55 @@
-"""One-shot differentiable search for multi-task dense prediction on the Coral Edge TPU."""
+"""One-shot differentiable search for multi-task dense prediction on the Coral Edge TPU.
+
+The data flow in ten lines:
+
+    space = ednas_b0()                                          # what may vary
+    supernet = build_network(space, {"segmentation": 19, "depth": 1})
+    alpha = ArchitectureParameters(space)                       # one logit per option
+    outputs = supernet(images, space.sample(generator))         # sliced: trains the weights
+    outputs = supernet(images, alpha.gates(1.0, hard=True))     # relaxed: trains alpha
+    table = LatencyTable.load("latency_tables/edgetpu_sim_256x256.csv")
+    latency = expected_latency(table, space, alpha.probabilities())      # ms, with gradient
+    best = derive_architectures(alpha, table, space, target_ms=6.0)[0]   # inside the budget
+    network = build_network(space.fix(best), supernet.out_channels)      # its own network
+    inherit_weights(network, supernet, best)                    # or train it from scratch
+"""
+
+from oneshot_ednas.architecture import Architecture, BlockArchitecture
+from oneshot_ednas.derive import derive_architectures, pareto_front
+from oneshot_ednas.latency.expected import expected_latency
+from oneshot_ednas.latency.table import LatencyTable
+from oneshot_ednas.models.network import (
+    Network,
+    build_network,
+    derived_network,
+    inherit_weights,
+    recalibrate_bn,
+)
+from oneshot_ednas.relaxation import ArchitectureParameters, BlockGates, Gates, one_hot_gates
+from oneshot_ednas.reward import accuracy_product, deltas, reward
+from oneshot_ednas.space import SearchSpace, ednas_b0, ednas_tiny, named_space
+
+__all__ = [
+    "Architecture",
+    "ArchitectureParameters",
+    "BlockArchitecture",
+    "BlockGates",
+    "Gates",
+    "LatencyTable",
+    "Network",
+    "SearchSpace",
+    "accuracy_product",
+    "build_network",
+    "deltas",
+    "derive_architectures",
+    "derived_network",
+    "ednas_b0",
+    "ednas_tiny",
+    "expected_latency",
+    "inherit_weights",
+    "named_space",
+    "one_hot_gates",
+    "pareto_front",
+    "recalibrate_bn",
+    "reward",
+]

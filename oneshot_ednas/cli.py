@@ -6,10 +6,12 @@ stopped by the user.
 
 import json
 import sys
+import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import wraps
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, TextIO
 
 import click
 from rich.console import Console
@@ -32,6 +34,7 @@ def bad_input(function: Callable[P, None]) -> Callable[P, None]:
         # Imported late: --help and bad arguments should not wait for torch.
         from oneshot_ednas.training import Interrupted
 
+        warnings.showwarning = _show_warning
         if click.get_current_context().find_root().params.get("debug"):
             function(*args, **kwargs)
             return
@@ -45,6 +48,19 @@ def bad_input(function: Callable[P, None]) -> Callable[P, None]:
             _fail(_one_line(error), status=1)
 
     return wrapper
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """One line, without the place in our code that Python would print."""
+    del category, filename, lineno, file, line
+    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _one_line(error: Exception) -> str:
@@ -184,7 +200,7 @@ def _start(
     from oneshot_ednas.pipeline import Run
 
     path = find_file(config)
-    one = Run(load_config(path, overrides), out, config_path=path, data=data)
+    one = Run(_with_data(load_config(path, overrides), data), out, config_path=path)
     one.open(resume=resume)
     return one
 
@@ -196,9 +212,16 @@ def _reopen(folder: Path, data: Path | None) -> Any:
     path = RunFiles(folder).config
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is no run folder: it has no config.yaml")
-    one = Run(load_config(path), folder, config_path=path, data=data)
+    one = Run(_with_data(load_config(path), data), folder, config_path=path)
     one.open(resume=True)
     return one
+
+
+def _with_data(config: Any, data: Path | None) -> Any:
+    """The config with the data folder of --data, absolute, so that later stages find it."""
+    if data is None:
+        return config
+    return replace(config, data=replace(config.data, root=str(data.resolve())))
 
 
 def _results(folder: Path) -> Any:

@@ -100,16 +100,13 @@ class RunFiles:
 class Run:
     """A config, its data, and the stages on a run folder."""
 
-    def __init__(
-        self, config: ExperimentConfig, folder: Path, *, config_path: Path, data: Path | None
-    ) -> None:
+    def __init__(self, config: ExperimentConfig, folder: Path, *, config_path: Path) -> None:
         """Load and check everything that can be wrong before a file is written.
 
         Args:
             config: the config.
             folder: the run folder; need not exist yet.
             config_path: where the config was read from, for paths beside it.
-            data: data folder that replaces the config's.
 
         Raises:
             ValueError: for whatever is wrong in config, space, table, data or target.
@@ -131,7 +128,7 @@ class Run:
         self.costs: SpaceCosts = self.table.costs(self.space, self.out_channels)
         self.target_ms = config.latency.target_ms
         check_target(self.table, self.space, self.out_channels, self.target_ms)
-        self.train, self.test = load_data(config.data, self.tasks, root=data)
+        self.train, self.test = load_data(config.data, self.tasks)
         indices = split_indices(len(self.train), config.search.splits, config.seed)
         smallest = min(len(indices["weights"]), len(indices["alpha"]))
         if config.search.batch_size > smallest:

@@ -40,7 +40,11 @@ blocks:
     filters: 8
     expand_ratio: 2
     options: {ops: [ibn], expand_ratios: [2, 4], filters: [8, 12]}
-  - {stride: 2, kernel_size: 3, filters: 12, expand_ratio: 2, options: {kernel_sizes: [3], filters: [6, 12]}}
+  - stride: 2
+    kernel_size: 3
+    filters: 12
+    expand_ratio: 2
+    options: {kernel_sizes: [3], filters: [6, 12]}
 fusion: {tap_blocks: [3, 4], num_levels: 3, channels: 8, num_repeats: 2}
 head: {num_convs: 1}
 """

@@ -246,11 +246,11 @@ def test_alpha_lives_in_the_state_dict(small_space):
 def test_the_temperature_follows_its_schedule(schedule, halfway):
     config = TemperatureConfig(start=5.0, end=0.1, schedule=schedule)
     end = 5.0 if schedule == "constant" else 0.1
-    assert config.at(0) == 5.0
+    assert config.at(0.0) == 5.0
     assert config.at(0.5) == pytest.approx(halfway)
-    assert config.at(1) == pytest.approx(end)
-    assert config.at(-1) == config.at(0)
-    assert config.at(2) == config.at(1)
+    assert config.at(1.0) == pytest.approx(end)
+    assert config.at(-1.0) == config.at(0.0)
+    assert config.at(2.0) == config.at(1.0)
     path = [config.at(i / 20) for i in range(21)]
     assert path == sorted(path, reverse=True)
 

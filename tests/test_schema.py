@@ -175,7 +175,7 @@ def test_a_field_type_that_yaml_cannot_hold_is_our_own_mistake():
     class Odd:
         value: complex
 
-    with pytest.raises(TypeError, match="fields of type .*complex.* cannot be read from YAML"):
+    with pytest.raises(TypeError, match=r"fields of type .*complex.* cannot be read from YAML"):
         parse_yaml("value: 1", Odd, source="a.yaml")
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from conftest import SMALL_SPACE, all_architectures
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oneshot_ednas.architecture import Architecture, BlockArchitecture
@@ -153,6 +153,7 @@ def test_sampling_is_uniform_and_repeats_with_its_seed(small_space):
     assert small_space.sample(random.Random(3)) == small_space.sample(random.Random(3))
 
 
+@settings(max_examples=12)
 @given(spaces, seeds)
 def test_yaml_reads_back_equal_also_of_a_fixed_space(which, seed):
     space = SPACES[which]

@@ -28,7 +28,7 @@ class DataConfig:
     test_frames: int | None = None
     """Streets: frames to render for the final test."""
     root: str | None = None
-    """Folder: where the data lies; the command line's --data replaces it."""
+    """Folder: where the data lies; the command line's --data sets it."""
     manifest: str | None = None
     """Folder: the manifest, if it is not `dataset.yaml` in the data folder."""
     label_map: str | None = None
@@ -59,23 +59,18 @@ class DataConfig:
         return self.height, self.width
 
 
-def load_data(
-    config: DataConfig, tasks: Mapping[str, Task], *, root: Path | None = None
-) -> tuple[PackedSplit, PackedSplit]:
+def load_data(config: DataConfig, tasks: Mapping[str, Task]) -> tuple[PackedSplit, PackedSplit]:
     """The training split and the test split.
 
     Args:
         config: what to load.
         tasks: the tasks; each needs a target of its name.
-        root: data folder that replaces the config's.
 
     Raises:
         ValueError: for whatever is missing or wrong in the data, or a task without target.
         FileNotFoundError: if the data folder or the manifest is not there.
     """
     if config.source == "streets":
-        if root is not None:
-            raise ValueError("--data is for source folder; this config renders its data")
         assert config.train_frames is not None
         assert config.test_frames is not None
         counts = {config.train_split: config.train_frames, config.test_split: config.test_frames}
@@ -91,7 +86,7 @@ def load_data(
             )
 
     else:
-        folder = _folder(config, root)
+        folder = _folder(config)
         manifest = None if config.manifest is None else find_file(config.manifest, beside=folder)
         # The data folder's own manifest comes before the config's: it is nearer to the data.
         if (folder / "dataset.yaml").is_file():
@@ -116,10 +111,10 @@ def load_data(
     return train, test
 
 
-def _folder(config: DataConfig, root: Path | None) -> Path:
-    folder = root or (Path(config.root) if config.root else None)
-    if folder is None:
+def _folder(config: DataConfig) -> Path:
+    if config.root is None:
         raise ValueError("this config reads a data folder: name it with --data DIR")
+    folder = Path(config.root)
     if not folder.is_dir():
         raise FileNotFoundError(f"no data folder {folder}")
     return folder

@@ -1,0 +1,6 @@
+"""The report of a run: one HTML file that needs nothing else, and a picture of predictions."""
+
+from oneshot_ednas.report.page import write_report
+from oneshot_ednas.report.plots import RunPictures
+
+__all__ = ["RunPictures", "write_report"]

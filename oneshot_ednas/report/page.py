@@ -1,0 +1,343 @@
+"""The page of the report: what a run found, section by section."""
+
+import html
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import numpy as np
+
+from oneshot_ednas.architecture import Architecture
+from oneshot_ednas.config import ExperimentConfig
+from oneshot_ednas.report.markup import Html, duration, figure, join, number, table, tag
+from oneshot_ednas.report.plots import (
+    RunLog,
+    RunPictures,
+    outcome_plots,
+    prediction_mosaic,
+    search_plots,
+)
+from oneshot_ednas.schema import load_yaml, read_json
+from oneshot_ednas.space import CHOICE_FIELDS, SearchSpace
+from oneshot_ednas.store import write_bytes, write_text
+from oneshot_ednas.tasks import TASK_KINDS, Task
+
+COLUMNS = {"op": "Operation", "kernel_size": "Kernel", "expand_ratio": "Expansion"} | {
+    "filters": "Filters"
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """What the report shows, as read from the run folder."""
+
+    config: ExperimentConfig
+    config_text: str
+    results: dict[str, Any]
+    candidates: dict[str, Any]
+    log: RunLog
+    tasks: Mapping[str, Task]
+    space: SearchSpace
+
+    @property
+    def networks(self) -> dict[str, dict[str, Any]]:
+        """Figures of the derived network and the baselines."""
+        return {"derived": self.results, **self.results["baselines"]}
+
+
+def write_report(
+    folder: Path,
+    *,
+    tasks: Mapping[str, Task],
+    space: SearchSpace,
+    pictures: RunPictures,
+    class_names: Sequence[str],
+) -> Path:
+    """Write `report.html` and `predictions.png` into a run folder; returns the report's path.
+
+    Args:
+        folder: a run folder with `results.json`, `candidates.json` and `config.yaml`, and
+            `metrics.jsonl` for the curves.
+        tasks: the tasks.
+        space: the search space.
+        pictures: test frames to show.
+        class_names: names of the segmentation classes, in order; may be fewer than the classes.
+
+    Raises:
+        FileNotFoundError: if a file of the run is missing.
+        ValueError: if one is damaged, or the pictures lack a task or a frame.
+    """
+    mosaic = prediction_mosaic(pictures, tasks)
+    run = _Run(
+        config=load_yaml(folder / "config.yaml", ExperimentConfig),
+        config_text=(folder / "config.yaml").read_text(encoding="utf-8"),
+        results=read_json(folder / "results.json"),
+        candidates=read_json(folder / "candidates.json"),
+        log=RunLog.read(folder / "metrics.jsonl"),
+        tasks=tasks,
+        space=space,
+    )
+    template = Path(__file__).with_name("template.html").read_text(encoding="utf-8")
+    text = Template(template).substitute(
+        title=html.escape(f"oneshot-ednas: {run.space.name}, {run.results['target_ms']:g} ms"),
+        headline=_headline(run),
+        comparison=_comparison(run),
+        architecture=_architecture(run),
+        curves=_curves(run),
+        predictions=_predictions(mosaic, tasks, class_names),
+        gap=_gap(run),
+        run=_run_section(run),
+    )
+    write_bytes(folder / "predictions.png", mosaic)
+    write_text(folder / "report.html", text)
+    return folder / "report.html"
+
+
+def _headline(run: _Run) -> Html:
+    results, data = run.results, run.config.data
+    is_inside = results["is_inside_target"]
+    verdict = "Inside" if is_inside else "Over"
+    latency, target = number(results["latency_ms"]), f"{results['target_ms']:.4g}"
+    source = data.source if data.root is None else f"{data.source} {data.root}"
+    frames, versions = results["num_frames"], results["versions"]
+    alarms = results["supernet"]["alarms"]
+    tiles = {
+        "reward on the test split": number(results["reward"]),
+        "of the latency target": f"{results['latency_ms'] / results['target_ms']:.1%}",
+        "parameters": f"{results['parameters']:,}",
+        "GMACs": number(results["gmacs"]),
+    }
+    parts = [
+        tag("div", f"oneshot-ednas · {run.space.name} · {', '.join(run.tasks)}", class_="eyebrow"),
+        tag(
+            "h1",
+            f"{verdict} the budget: {latency} of {target} ms",
+            class_="inside" if is_inside else "over",
+        ),
+        tag(
+            "div",
+            *(tag("div", tag("b", v), tag("span", k), class_="tile") for k, v in tiles.items()),
+            class_="tiles",
+        ),
+        tag(
+            "p",
+            f"{source} {data.height}x{data.width}, {frames['train']:,} training and "
+            f"{frames['test']:,} test frames · seed {results['seed']} · {versions['device']} · "
+            f"{duration(sum(results['seconds'].values()))} · {results['date']}",
+            class_="note",
+        ),
+        tag("p", f"Latencies are from the table {results['table']}.", class_="note"),
+    ]
+    if alarms:
+        what = "1 warning" if len(alarms) == 1 else f"{len(alarms)} warnings"
+        parts.append(tag("p", tag("a", f"{what} about the search", href="#gap")))
+    return join(parts)
+
+
+def _comparison(run: _Run) -> Html:
+    networks = run.networks
+    spread = run.results["metrics_std"]
+
+    def row(label: str, values: Sequence[float], is_lower_better: bool, form: Any) -> list[object]:
+        best = (min if is_lower_better else max)(values)
+        cells: list[object] = [
+            tag("b", form(v)) if v == best and len(values) > 1 else form(v) for v in values
+        ]
+        return [join([label, " ", "↓" if is_lower_better else "↑"]), *cells]
+
+    def column(*keys: str) -> list[float]:
+        found: list[Any] = list(networks.values())
+        for key in keys:
+            found = [value[key] for value in found]
+        return found
+
+    inside = [
+        tag("span", "yes" if is_in else "no", class_="yes" if is_in else "no")
+        for is_in in column("is_inside_target")
+    ]
+    rows: list[list[object]] = [
+        row("Latency, ms", column("latency_ms"), True, number),
+        [f"Inside the target of {run.results['target_ms']:.4g} ms", *inside],
+        row("Reward", column("reward"), False, number),
+        row("Parameters", column("parameters"), True, "{:,}".format),
+        row("GMACs", column("gmacs"), True, number),
+    ]
+    for name, task in run.tasks.items():
+        for metric in task.reward_metrics:
+            words = f"{name}: {metric.replace('_', ' ')}"
+            is_error = metric in task.lower_is_better
+            cells = row(words, column("metrics", name, metric), is_error, number)
+            if spread is not None:
+                deviation = f" ± {spread[name][metric]:.2g}"
+                cells[1] = join([cells[1], tag("span", deviation, class_="unit")])
+            rows.append(cells)
+    seeds, config = len(run.results["reward_per_seed"]), run.config.retrain
+    many = f"the mean of {seeds} seeds (± standard deviation)" if seeds > 1 else "one seed"
+    caption = (
+        f"Trained from scratch for {config.steps:,} steps of {config.batch_size} frames and scored "
+        f"on the test split. The derived network is {many}"
+        + (
+            f"; {' and '.join(run.results['baselines'])} were trained alike with one seed. "
+            f"Bold: best of the row."
+            if len(networks) > 1
+            else "; the run has no baselines."
+        )
+    )
+    return join([table(["", *networks], rows, "numbers"), tag("p", caption, class_="note")])
+
+
+def _architecture(run: _Run) -> Html:
+    derived = Architecture.from_json(run.candidates["candidates"][0]["architecture"])
+    rows = []
+    for index, (block, base, stride) in enumerate(
+        zip(
+            derived.blocks, run.space.base_architecture.blocks, run.space.block_strides, strict=True
+        ),
+        start=1,
+    ):
+        cells = [
+            _choice(
+                getattr(block, field),
+                getattr(base, field),
+                run.candidates["probabilities"].get(f"block_{index}.{field}", {}),
+            )
+            for field in CHOICE_FIELDS
+        ]
+        rows.append([index, f"1/{stride}", *cells])
+    note = (
+        "Each box is an option of the search; it is filled as high as the option's probability "
+        "under alpha. The derived network's option has a dark frame; the base network's value is "
+        "grey where it differs. Options are chosen to be the most probable within the latency "
+        "target and the best with supernet weights, so a frame need not be the fullest box."
+    )
+    head = ["Block", "Scale", *(COLUMNS[field] for field in CHOICE_FIELDS)]
+    return join([table(head, rows, "blocks"), tag("p", note, class_="note")])
+
+
+def _choice(value: str | int, base: str | int, probabilities: Mapping[str, float]) -> Html:
+    shown = [tag("b", value)]
+    if value != base:
+        shown.append(tag("span", f"base {base}", class_="base"))
+    boxes = [
+        tag(
+            "div",
+            option.removesuffix("_ibn") if option != "ibn" else option,
+            class_="option kept" if option == str(value) else "option",
+            title=f"{option}: {probability:.1%}",
+            style=f"background: linear-gradient(to top, var(--pale) {probability:.1%}, "
+            f"transparent {probability:.1%})",
+        )
+        for option, probability in probabilities.items()
+    ]
+    options = [tag("div", *boxes, class_="options")] if boxes else []
+    return tag("div", tag("div", *shown, class_="value"), *options, class_="choice")
+
+
+def _curves(run: _Run) -> Html:
+    config, target_ms = run.config.search, run.results["target_ms"]
+    search = search_plots(
+        run.log,
+        task_names=list(run.tasks),
+        target_ms=target_ms,
+        warmup_steps=config.warmup_steps,
+        max_entropy=sum(math.log(len(choice.options)) for choice in run.space.choices),
+    )
+    outcome = outcome_plots(
+        run.log,
+        candidates=run.candidates["candidates"],
+        front=run.candidates["pareto_front"],
+        target_ms=target_ms,
+    )
+    return join(
+        [
+            figure(
+                search,
+                "The search. Grey: warm-up, in which only the weights learn. Losses are drawn "
+                "faint as logged and bold as a running mean; those per task are of weight steps.",
+            ),
+            figure(
+                outcome,
+                "Left and middle: the candidates, the most probable architectures inside the "
+                "target; the one with the highest reward is derived. Right: the trainings that "
+                "the comparison rests on.",
+            ),
+        ]
+    )
+
+
+def _predictions(mosaic: bytes, tasks: Mapping[str, Task], class_names: Sequence[str]) -> Html:
+    parts = []
+    for name, task in tasks.items():
+        if not TASK_KINDS[task.kind].has_classes:
+            continue
+        colours = task.picture(np.arange(task.out_channels).reshape(1, -1))[0]
+        entries = [tag("b", name)]
+        for index, colour in enumerate(colours.tolist()):
+            known = class_names[index] if index < len(class_names) else f"class {index}"
+            style = f"background: rgb({', '.join(map(str, colour))})"
+            swatch = tag("span", class_="swatch", style=style)
+            entries.append(tag("span", swatch, known))
+        parts.append(tag("div", *entries, class_="legend"))
+    caption = (
+        "By the derived network, first seed. Black: invalid. Target and prediction share their "
+        "colours; depth is bright near and dark far, over the range of the target."
+    )
+    return join([figure(mosaic, caption), *parts])
+
+
+def _gap(run: _Run) -> Html:
+    results, supernet = run.results, run.results["supernet"]
+    target = results["target_ms"]
+    latencies = {
+        "Expected under alpha (soft)": supernet["expected_latency_ms"],
+        "Most probable options, target ignored": supernet["argmax_latency_ms"],
+        "Derived within the target": results["latency_ms"],
+    }
+    soft = [[what, number(ms), f"{(ms - target) / target:+.1%}"] for what, ms in latencies.items()]
+    scores: list[list[object]] = [["Reward", number(supernet["reward"]), number(results["reward"])]]
+    for name, task in run.tasks.items():
+        for metric in task.reward_metrics:
+            words = f"{name}: {metric.replace('_', ' ')}"
+            pair = (supernet["metrics"][name][metric], results["metrics"][name][metric])
+            scores.append([words, *map(number, pair)])
+    head = ["", "supernet weights", "retrained"]
+    parts = [
+        tag(
+            "div",
+            tag("div", table(["Latency", "ms", "to target"], soft, "numbers")),
+            tag("div", table(head, scores, "numbers")),
+            class_="columns",
+        ),
+        tag(
+            "p",
+            "Supernet weights are scored on the validation part of the training set, retrained "
+            "ones on the test split.",
+            class_="note",
+        ),
+    ]
+    if supernet["alarms"]:
+        listed = tag("ul", *(tag("li", alarm) for alarm in supernet["alarms"]))
+        box = tag("div", tag("b", "Look at the search again"), listed, class_="warning")
+        parts.insert(0, box)
+    return join(parts)
+
+
+def _run_section(run: _Run) -> Html:
+    seconds = run.results["seconds"]
+    times = [[stage, duration(spent)] for stage, spent in seconds.items()]
+    times.append([tag("b", "total"), tag("b", duration(sum(seconds.values())))])
+    versions = [[name, version] for name, version in run.results["versions"].items()]
+    return join(
+        [
+            tag(
+                "div",
+                tag("div", table(["Stage", "time"], times, "numbers")),
+                tag("div", table(["Version", ""], versions, "plain")),
+                class_="columns",
+            ),
+            tag("details", tag("summary", "Config"), tag("pre", run.config_text)),
+        ]
+    )

@@ -1,0 +1,302 @@
+"""Pictures of a run as PNG: curves of its log, its candidates, and predictions beside targets."""
+
+import io
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.rcsetup import cycler
+
+from oneshot_ednas.tasks import TASK_KINDS, Task
+
+BLUE, ORANGE, GREY, PALE = "#2166ac", "#d9822b", "#8a949e", "#eef1f4"
+CYCLE = (BLUE, ORANGE, "#1b7f4d", "#8a5aa8", "#b3361b", "#4a9fb0", "#a08a2c", "#d06fa5")
+STYLE: Any = {
+    "font.size": 9.5,
+    "font.family": "DejaVu Sans",
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": GREY,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.prop_cycle": cycler(color=CYCLE),
+    "grid.color": "#e6eaee",
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "lines.linewidth": 1.6,
+}
+PIXELS_PER_INCH = 160
+PANEL_INCHES = (3.9, 2.6)
+MIN_CELL_PIXELS = 240
+"""Width of a map in the picture of predictions; smaller maps are enlarged by a whole number."""
+SMOOTHED_SHARE = 25
+"""Losses are averaged over this part of a curve: one 25th."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPictures:
+    """Some test frames with their targets and predictions."""
+
+    images: list[np.ndarray]
+    """uint8 [height, width, 3]."""
+    targets: dict[str, list[np.ndarray]]
+    """Per task, one frame of a batch each: [H, W], [1, H, W] or [3, H, W]."""
+    predictions: dict[str, list[np.ndarray]]
+    """Per task, in the layout of the targets."""
+
+
+@dataclass(frozen=True)
+class RunLog:
+    """The lines of `metrics.jsonl`; not every line has every key."""
+
+    lines: list[dict[str, Any]]
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read what there is: no file is no lines, and a line torn by a crash is left out."""
+        lines = []
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+            with suppress(ValueError):
+                lines.append(json.loads(line))
+        return cls(lines)
+
+    def stages(self, prefix: str) -> list[str]:
+        """Stages whose name begins so, in order of their first line."""
+        return [s for s in dict.fromkeys(x["stage"] for x in self.lines) if s.startswith(prefix)]
+
+    def curve(self, stage: str, key: str) -> tuple[np.ndarray, np.ndarray]:
+        """Steps and values of the lines of a stage that have a key."""
+        lines = [line for line in self.lines if line["stage"] == stage and key in line]
+        return np.array([x["step"] for x in lines]), np.array([float(x[key]) for x in lines])
+
+
+def search_plots(
+    log: RunLog,
+    *,
+    task_names: Sequence[str],
+    target_ms: float,
+    warmup_steps: int,
+    max_entropy: float,
+) -> bytes:
+    """Curves of the search: losses, expected latency and mu, entropy and temperature.
+
+    Args:
+        log: the run's log.
+        task_names: whose losses to draw.
+        target_ms: the latency target, in ms.
+        warmup_steps: steps before alpha moves; shaded.
+        max_entropy: entropy of a uniform alpha, in nats.
+    """
+
+    def losses(axes: Axes, labels: Sequence[str]) -> None:
+        for label in labels:
+            _smoothed(axes, *log.curve("search", f"loss/{label}"), label)
+
+    def latency(axes: Axes) -> None:
+        axes.plot(*log.curve("search", "latency/expected_ms"), label="expected under alpha")
+        axes.axhline(target_ms, color=ORANGE, linestyle="--", label="target")
+
+    def mu(axes: Axes) -> None:
+        axes.plot(*log.curve("search", "latency/mu"))
+
+    def entropy(axes: Axes) -> None:
+        axes.plot(*log.curve("search", "alpha/entropy"), label="alpha")
+        axes.axhline(max_entropy, color=GREY, linestyle=":", label="uniform")
+        axes.set_ylim(0, 1.08 * max(max_entropy, 1e-6))
+
+    def temperature(axes: Axes) -> None:
+        steps, values = log.curve("search", "temperature")
+        # Lines without an alpha step, such as those of the warm-up, say 0.
+        axes.plot(steps[values > 0], values[values > 0])
+
+    panels: dict[str, Callable[[Axes], None]] = {
+        "Loss": lambda axes: losses(axes, ("weights", "alpha")),
+        "Loss per task": lambda axes: losses(axes, task_names),
+        "Expected latency, ms": latency,
+        "Weight of the latency term, mu": mu,
+        "Entropy of alpha, nats": entropy,
+        "Temperature": temperature,
+    }
+    figure, grid = _panels(panels)
+    last = max((line["step"] for line in log.lines if line["stage"] == "search"), default=1)
+    for axes in grid:
+        axes.set_xlabel("step")
+        axes.set_xlim(0, max(last, 1))
+        if warmup_steps:
+            axes.axvspan(0, min(warmup_steps, max(last, 1)), color=PALE, zorder=0)
+    if warmup_steps:
+        grid[0].annotate(
+            "warm-up", (0, 1), (4, -4), "axes fraction", "offset points", color=GREY, va="top"
+        )
+    return _png(figure)
+
+
+def outcome_plots(
+    log: RunLog,
+    *,
+    candidates: Sequence[Mapping[str, Any]],
+    front: Sequence[Mapping[str, Any]],
+    target_ms: float,
+) -> bytes:
+    """The Pareto front, the candidates' rewards, and the losses of training from scratch.
+
+    Args:
+        log: the run's log.
+        candidates: of `candidates.json`, the derived one first.
+        front: its `pareto_front`.
+        target_ms: the latency target, in ms.
+    """
+    winner = candidates[0]
+
+    def scatter(axes: Axes, key: str) -> None:
+        others = candidates[1:]
+        axes.axvline(target_ms, color=ORANGE, linestyle="--", label="target")
+        axes.plot(
+            [c["latency_ms"] for c in others],
+            [c[key] for c in others],
+            "o",
+            color=BLUE,
+            markerfacecolor="white",
+            label="candidates",
+        )
+        axes.plot(winner["latency_ms"], winner[key], "*", color=BLUE, ms=13, label="derived")
+        axes.set_xlabel("latency, ms")
+        axes.margins(0.1)
+
+    def pareto(axes: Axes) -> None:
+        latencies = [point["latency_ms"] for point in front]
+        scores = [point["log_probability"] for point in front]
+        axes.step(latencies, scores, where="post", color=GREY, label="Pareto front")
+        axes.plot(latencies, scores, ".", color=GREY, markersize=4)
+        scatter(axes, "log_probability")
+
+    def training(axes: Axes) -> None:
+        for stage in [*log.stages("retrain."), *log.stages("baseline.")]:
+            label = stage.removeprefix("baseline.").replace("retrain.", "derived, ")
+            _smoothed(axes, *log.curve(stage, "loss/weights"), label.replace("_", " "))
+        axes.set_xlabel("step")
+
+    figure, _ = _panels(
+        {
+            "Log-probability under alpha": pareto,
+            "Reward with supernet weights": lambda axes: scatter(axes, "reward"),
+            "Loss when trained from scratch": training,
+        }
+    )
+    return _png(figure)
+
+
+def prediction_mosaic(pictures: RunPictures, tasks: Mapping[str, Task]) -> bytes:
+    """Per frame the image, and per task the target above the prediction.
+
+    Raises:
+        ValueError: if a task or a frame lacks a map.
+    """
+    _check_pictures(pictures, tasks)
+    height, width, _ = pictures.images[0].shape
+    scale, gap, top, left = -(-MIN_CELL_PIXELS // width), 6, 40, 26
+    rows, columns = scale * height + gap, scale * width + gap
+    num_frames = len(pictures.images)
+    canvas = np.full(
+        (2 * rows * num_frames + top, (2 + len(tasks)) * columns + left, 3), 255, dtype=np.uint8
+    )
+
+    def paste(picture: np.ndarray, row: int, x: int, zoom: int) -> None:
+        large = picture.repeat(zoom, axis=0).repeat(zoom, axis=1)
+        y = top + row * rows
+        canvas[y : y + large.shape[0], x : x + large.shape[1]] = large
+
+    for i, image in enumerate(pictures.images):
+        paste(image, 2 * i, 0, 2 * scale)
+        for j, (name, task) in enumerate(tasks.items()):
+            pair = _pair(task, pictures.targets[name][i], pictures.predictions[name][i])
+            for k, picture in enumerate(pair):
+                paste(picture, 2 * i + k, left + (2 + j) * columns, scale)
+    size = (canvas.shape[1] / 100, canvas.shape[0] / 100)
+    with rc_context(STYLE):
+        figure = Figure(figsize=size, dpi=100)
+        figure.figimage(canvas, origin="upper")
+
+        def write(text: str, x: float, y: float, **style: Any) -> None:
+            at = x / canvas.shape[1], 1 - y / canvas.shape[0]
+            figure.text(*at, text, ha="center", va="center", fontsize=13, **style)
+
+        write("image", columns, top / 2, weight="bold", parse_math=False)
+        for j, name in enumerate(tasks):
+            middle = left + (2.5 + j) * columns
+            write(name, middle, top / 2, weight="bold", parse_math=False)
+        for row in range(2 * num_frames):
+            word = ("target", "prediction")[row % 2]
+            x, y = 2 * columns + left / 2 - gap / 2, top + (row + 0.5) * rows
+            write(word, x, y, rotation=90, color=GREY)
+        return _png(figure, dpi=100)
+
+
+def _check_pictures(pictures: RunPictures, tasks: Mapping[str, Task]) -> None:
+    count = len(pictures.images)
+    for label, maps in (("targets", pictures.targets), ("predictions", pictures.predictions)):
+        for name in tasks:
+            if len(maps.get(name, ())) != count or not count:
+                raise ValueError(
+                    f"{label}: expected one map of task {name} for each of {count} images "
+                    f"(at least one), got {len(maps.get(name, ()))}"
+                )
+
+
+def _pair(task: Task, target: np.ndarray, prediction: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Target and prediction as RGB, in the same colours."""
+    if TASK_KINDS[task.kind].is_metric_depth:
+        measured = target[np.isfinite(target) & (target > 0)]
+        # One stray pixel near 0 m would take most of the logarithmic colours for itself.
+        if measured.size:
+            prediction = prediction.clip(measured.min(), measured.max())
+    joined = task.picture(np.concatenate([target, prediction], axis=-1))
+    middle = joined.shape[1] // 2
+    return joined[:, :middle], joined[:, middle:]
+
+
+def _smoothed(axes: Axes, steps: np.ndarray, values: np.ndarray, label: str) -> None:
+    """A faint curve with its running mean."""
+    window = len(values) // SMOOTHED_SHARE
+    (line,) = axes.plot(steps, values, alpha=0.25 if window > 1 else 1.0, linewidth=1.0)
+    if window > 1:
+        sums = np.convolve(values, np.ones(window), "same")
+        counts = np.convolve(np.ones(len(values)), np.ones(window), "same")
+        values = sums / counts
+    axes.plot(steps, values, color=line.get_color(), label=label)
+    if values.size and (values > 0).all() and values.max() > 5 * values.min():
+        axes.set_yscale("log")
+        axes.grid(visible=True, which="major")
+
+
+def _panels(panels: Mapping[str, Callable[[Axes], None]]) -> tuple[Figure, list[Axes]]:
+    """Titled panels, three in a row."""
+    rows = math.ceil(len(panels) / 3)
+    with rc_context(STYLE):
+        figure = Figure(figsize=(3 * PANEL_INCHES[0], rows * PANEL_INCHES[1]), layout="constrained")
+        grid = list(figure.subplots(rows, 3, squeeze=False).flat)
+        for axes, (title, draw) in zip(grid, panels.items(), strict=True):
+            axes.set_title(title)
+            draw(axes)
+            if len(axes.get_legend_handles_labels()[1]) > 1:
+                axes.legend()
+            if not any(len(line.get_xdata()) for line in axes.lines):
+                axes.text(0.5, 0.5, "not logged", color=GREY, ha="center", transform=axes.transAxes)
+    return figure, grid
+
+
+def _png(figure: Figure, dpi: float = PIXELS_PER_INCH) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    return buffer.getvalue()
