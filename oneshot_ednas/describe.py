@@ -1,11 +1,11 @@
 """What a network is and costs: parameters, multiply-adds, latency, one row per block."""
 
 import logging
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from fvcore.nn import FlopCountAnalysis
 
 from oneshot_ednas.architecture import Architecture
 from oneshot_ednas.latency.operations import network_operations
@@ -24,13 +24,18 @@ def multiply_adds(network: Network, image_size: tuple[int, int]) -> dict[str, in
     logging.getLogger("fvcore.nn.jit_analysis").setLevel(logging.ERROR)
     was_training = network.training
     image = torch.zeros(1, 3, *image_size, device=next(network.parameters()).device)
-    analysis = FlopCountAnalysis(network.eval(), image)
-    analysis.unsupported_ops_warnings(False)
-    analysis.uncalled_modules_warnings(False)
-    counts = {
-        name: int(operators.get("conv", 0))
-        for name, operators in analysis.by_module_and_operator().items()
-    }
+    with warnings.catch_warnings():
+        # fvcore is built on torch.jit, which newer versions of torch deprecate.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from fvcore.nn import FlopCountAnalysis
+
+        analysis = FlopCountAnalysis(network.eval(), image)
+        analysis.unsupported_ops_warnings(False)
+        analysis.uncalled_modules_warnings(False)
+        counts = {
+            name: int(operators.get("conv", 0))
+            for name, operators in analysis.by_module_and_operator().items()
+        }
     network.train(was_training)
     return counts
 

@@ -8,7 +8,7 @@ import importlib.metadata
 import platform
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,12 +23,12 @@ from oneshot_ednas.config import ExperimentConfig, first_difference
 from oneshot_ednas.data.order import split_indices
 from oneshot_ednas.data.packed import PackedSplit
 from oneshot_ednas.data.source import load_data
-from oneshot_ednas.derive import BudgetSearch, pareto_front
+from oneshot_ednas.derive import BudgetSearch, DerivedArchitecture, pareto_front
 from oneshot_ednas.describe import multiply_adds
 from oneshot_ednas.latency.costs import SpaceCosts
 from oneshot_ednas.latency.table import LatencyTable
 from oneshot_ednas.models.network import Network, build_network
-from oneshot_ednas.ranking import rank_candidates
+from oneshot_ednas.ranking import Candidate, rank_candidates
 from oneshot_ednas.report import RunPictures, write_report
 from oneshot_ednas.retrain import retrain
 from oneshot_ednas.reward import reward
@@ -39,6 +39,7 @@ from oneshot_ednas.store import load_checkpoint, write_json, write_text
 from oneshot_ednas.tasks import Task, make_tasks
 from oneshot_ednas.training import (
     Metrics,
+    StageLog,
     accuracy_of,
     choose_device,
     evaluate,
@@ -225,9 +226,31 @@ class Run:
             f"of {self.costs.min_latency_ms:.4g}..{self.costs.max_latency_ms:.4g} ms"
         )
         with self.timed("search"):
-            search.run(self.files.folder, self.files.checkpoint("search"))
+            search.run(self.files.folder, self.files.checkpoint("search"), self._validate)
         for alarm in search.alarms():
             note(f"search: warning: {alarm}")
+
+    def _validate(self) -> dict[str, float]:
+        """Scores, with supernet weights, of the most probable architecture inside the target."""
+        found = BudgetSearch(self.one_shot.alpha, self.costs).best(self.target_ms, 1)
+        (candidate,) = self._rank(found)
+        values = {"validation/reward": candidate.reward}
+        for task, metrics in candidate.metrics.items():
+            values |= {f"validation/{task}/{name}": value for name, value in metrics.items()}
+        return values
+
+    def _rank(self, found: Sequence[DerivedArchitecture]) -> list[Candidate]:
+        return rank_candidates(
+            found,
+            self.one_shot.supernet,
+            self.tasks,
+            target_ms=self.target_ms,
+            calibration=self.part("weights"),
+            validation=self.part("validation"),
+            config=self.config.derive,
+            seed=self.config.seed,
+            device=self.device,
+        )
 
     def derive(self) -> None:
         """Find the most probable architectures inside the target, rank them, keep the best."""
@@ -236,17 +259,7 @@ class Run:
         with self.timed("derive"):
             budget = BudgetSearch(search.alpha, self.costs)
             found = budget.best(self.target_ms, config.num_candidates)
-            ranked = rank_candidates(
-                found,
-                search.supernet,
-                self.tasks,
-                target_ms=self.target_ms,
-                calibration=self.part("weights"),
-                validation=self.part("validation"),
-                config=config,
-                seed=self.config.seed,
-                device=self.device,
-            )
+            ranked = self._rank(found)
             front = pareto_front(
                 search.alpha,
                 self.table,
@@ -376,6 +389,11 @@ class Run:
             "versions": _versions(self.device),
         }
         write_json(self.files.results, results)
+        with StageLog(self.files.folder, "test", total=1) as log:
+            figures = {"reward": results["reward"], "latency_ms": results["latency_ms"]}
+            for task, metrics in results["metrics"].items():
+                figures |= {f"{task}/{name}": value for name, value in metrics.items()}
+            log.scalars(0, figures)
         return results
 
     def report(self) -> Path:

@@ -20,6 +20,7 @@ from oneshot_ednas.training import (
     StageLog,
     calibration_images,
     check_finite,
+    check_gradient,
     run_steps,
     task_losses,
     torch_generator,
@@ -117,7 +118,10 @@ def retrain(
         check_finite(losses, where=f"{stage} step {step}", run=architecture)
         loss = weighted_sum(tasks, losses)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), config.optimizer.clip_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(
+            network.parameters(), config.optimizer.clip_grad_norm
+        )
+        check_gradient(norm, where=f"{stage} step {step}", run=architecture)
         optimizer.step()
         values = {f"loss/{name}": value.detach() for name, value in losses.items()}
         return {"loss/weights": loss.detach(), **values}

@@ -7,7 +7,7 @@ mu * relu(log(E[latency] / target)).
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +30,7 @@ from oneshot_ednas.training import (
     OptimizerConfig,
     StageLog,
     check_finite,
+    check_gradient,
     numpy_generator,
     run_steps,
     task_losses,
@@ -70,6 +71,8 @@ class SearchConfig:
     """Share of the steps that train weights only, with architectures drawn uniformly."""
     mode: Literal["alternating", "joint"] = "alternating"
     """`joint` updates weights and alpha in one step on both splits together."""
+    gates: Literal["hard", "soft"] = "hard"
+    """Gates of an alpha step: `hard` are straight-through, exactly one option forward."""
     alpha_every: int = 1
     optimizer: OptimizerConfig = OptimizerConfig()
     alpha_learning_rate: float = 0.01
@@ -83,6 +86,9 @@ class SearchConfig:
     Source: Yu and Huang, Universally Slimmable Networks, ICCV 2019."""
     distillation: bool = False
     """With `sandwich`: the others learn from the largest's outputs in place of the labels."""
+    num_validations: int = 3
+    """How often the best architecture inside the target is scored during the search, for the
+    log; 0 is never."""
     splits: dict[str, float] = field(
         default_factory=lambda: {"weights": 0.6, "alpha": 0.25, "validation": 0.15}
     )
@@ -117,6 +123,13 @@ class SearchConfig:
     def warmup_steps(self) -> int:
         """Weight steps before the first alpha step."""
         return int(self.warmup_fraction * self.steps)
+
+    @property
+    def validation_steps(self) -> set[int]:
+        """Steps after which the log gets validation metrics, evenly spaced after the warm-up."""
+        length = self.steps - self.warmup_steps
+        count = self.num_validations
+        return {self.warmup_steps + length * i // count - 1 for i in range(1, count + 1)}
 
     def progress(self, step: int) -> float:
         """0 at the first step after the warm-up, 1 at the last."""
@@ -205,12 +218,16 @@ class OneShotSearch:
         self.sampled = state["sampled"]
         torch.set_rng_state(state["torch_random_state"])
 
-    def run(self, folder: Path, checkpoint: Path) -> float:
-        """Search from the current step to the end; returns the seconds that it took.
+    def run(
+        self, folder: Path, checkpoint: Path, validate: Callable[[], Mapping[str, float]]
+    ) -> None:
+        """Search from the current step to the end.
 
         Args:
             folder: the run folder, for the log.
             checkpoint: the checkpoint file to write.
+            validate: scores the current alpha on held-out data; called `num_validations` times
+                after the warm-up, for the log alone.
 
         Raises:
             Interrupted: after Ctrl-C, once the checkpoint is written.
@@ -222,7 +239,13 @@ class OneShotSearch:
             self.step = step + 1
             if step % (10 * self.config.loop.log_every) == 0:
                 log.histogram(step, "alpha/logits", self.alpha.logits)
+            if step in validated:
+                # Batch statistics again afterwards: scoring must not leave a trace.
+                log.scalars(step, validate())
+                self.supernet.train()
             return values
+
+        validated = self.config.validation_steps
 
         with StageLog(folder, "search", total=self.config.steps, start=self.step) as log:
             run_steps(
@@ -232,7 +255,6 @@ class OneShotSearch:
                 self._describe,
                 self.config.loop,
             )
-        return log.seconds
 
     def _describe(self, values: Mapping[str, float]) -> str:
         parts = [f"loss {values['loss/weights']:.3f}"]
@@ -281,15 +303,16 @@ class OneShotSearch:
                 first = {name: output.detach() for name, output in outputs.items()}
                 total, logged = loss.detach(), {n: v.detach() for n, v in losses.items()}
             self._count(architecture)
-        self._weights_update()
+        self._weights_update(f"search step {step}", path)
         values: dict[str, float | Tensor] = {"loss/weights": total}
         values |= {f"loss/{name}": loss for name, loss in logged.items()}
         return values
 
-    def _weights_update(self) -> None:
-        torch.nn.utils.clip_grad_norm_(
+    def _weights_update(self, where: str, run: Architecture) -> None:
+        norm = torch.nn.utils.clip_grad_norm_(
             self.supernet.parameters(), self.config.optimizer.clip_grad_norm
         )
+        check_gradient(norm, where=where, run=run)
         self.optimizer.step()
 
     def _alpha_step(self, step: int) -> dict[str, float | Tensor]:
@@ -314,7 +337,7 @@ class OneShotSearch:
         check_finite(losses, where=f"search step {step} (joint)", run=self.alpha.argmax())
         loss = weighted_sum(self.tasks, losses)
         loss.backward()
-        self._weights_update()
+        self._weights_update(f"search step {step} (joint)", self.alpha.argmax())
         assert self.alpha.logits.grad is not None
         values = self._alpha_update(step, self.alpha.logits.grad)
         values |= {"temperature": temperature, "loss/weights": loss.detach()}
@@ -324,7 +347,8 @@ class OneShotSearch:
     def _gates(self, step: int) -> tuple[float, Any]:
         temperature = self.config.temperature.at(self.config.progress(step))
         generator = torch_generator(self.seed, "gumbel", step)
-        return temperature, self.alpha.gates(temperature, hard=True, generator=generator)
+        hard = self.config.gates == "hard"
+        return temperature, self.alpha.gates(temperature, hard=hard, generator=generator)
 
     def _alpha_update(self, step: int, task_gradient: Tensor) -> dict[str, float | Tensor]:
         """Add the latency term's gradient, step alpha, move mu."""
@@ -334,11 +358,12 @@ class OneShotSearch:
         expected = self.expected_latency()
         log_ratio = (expected / self.target_ms).log()
         (latency_gradient,) = torch.autograd.grad(self.mu * log_ratio.relu(), self.alpha.logits)
+        norms = task_gradient.norm(), latency_gradient.norm()
+        check_gradient(norms[0] + norms[1], where=f"search step {step} (alpha)", run=self.alpha.argmax())
         self.alpha.logits.grad = task_gradient + latency_gradient
         self.alpha_optimizer.step()
         if latency.schedule == "dual":
             self.mu = max(0.0, self.mu + latency.dual_rate * float(log_ratio.detach()))
-        norms = task_gradient.norm(), latency_gradient.norm()
         return {
             "latency/expected_ms": expected.detach(),
             "latency/mu": self.mu,

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Self
 
 import numpy as np
 import torch
@@ -171,11 +170,29 @@ def check_finite(losses: Mapping[str, Tensor], *, where: str, run: object) -> No
     # One transfer for all tasks; the names are looked up only when something is wrong.
     if bool(torch.stack([loss.detach() for loss in losses.values()]).isfinite().all()):
         return
-    bad = [name for name, loss in losses.items() if not math.isfinite(float(loss))]
+    bad = [name for name, loss in losses.items() if not bool(loss.detach().isfinite())]
     raise RuntimeError(
         f"{where}: the loss of {', '.join(bad)} is not finite, architecture {run}; the last "
         f"checkpoint is kept; lower the learning rate or check the labels, then --resume"
     )
+
+
+def check_gradient(norm: Tensor, *, where: str, run: object) -> None:
+    """Stop before a bad gradient reaches what it would change; its loss may have been finite.
+
+    Args:
+        norm: norm of the whole gradient.
+        where: stage and step, for the message.
+        run: the architecture that produced it.
+
+    Raises:
+        RuntimeError: naming step and architecture.
+    """
+    if not bool(norm.isfinite()):
+        raise RuntimeError(
+            f"{where}: the gradient is not finite, architecture {run}; the last checkpoint is "
+            f"kept; lower the learning rate or check the labels, then --resume"
+        )
 
 
 @torch.inference_mode()
@@ -226,7 +243,7 @@ class StopRequest:
         self.is_set = False
         self._before: dict[int, signal.Handlers | Callable[..., object] | int | None] = {}
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "StopRequest":
         for number in (signal.SIGINT, signal.SIGTERM):
             self._before[number] = signal.signal(number, self._handle)
         return self
@@ -262,7 +279,7 @@ class StageLog:
         self._bar = self._progress.add_task(stage, total=total, completed=start, text="")
         self.seconds = 0.0
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "StageLog":
         self._progress.start()
         self._began = time.perf_counter()
         return self
@@ -348,9 +365,11 @@ def run_steps(
                 numbers = {name: float(value) for name, value in values.items()}
                 log.scalars(step, numbers)
                 log.advance(done, describe(numbers))
-            if done % config.checkpoint_every == 0 or done == log.total or stop.is_set:
+            # Read once: a signal between two readings would stop without a checkpoint.
+            is_asked_to_stop = stop.is_set
+            if done % config.checkpoint_every == 0 or done == log.total or is_asked_to_stop:
                 save(done)
-            if stop.is_set and done < log.total:
+            if is_asked_to_stop and done < log.total:
                 raise Interrupted(f"stopped after step {done} of {log.total} in {log.stage}")
 
 

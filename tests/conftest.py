@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 
 import numpy as np
 import pytest
@@ -9,10 +10,11 @@ import torch
 from hypothesis import settings
 
 from oneshot_ednas.architecture import Architecture
+from oneshot_ednas.latency.costs import SpaceCosts
 from oneshot_ednas.latency.operations import Operation, distinct_operations
 from oneshot_ednas.latency.table import LatencyTable, TableHeader, TableRow
 from oneshot_ednas.relaxation import ArchitectureParameters
-from oneshot_ednas.space import SearchSpace
+from oneshot_ednas.space import CHOICE_FIELDS, SearchSpace
 
 # One thread: the tensors are tiny, and test processes share the cores.
 torch.set_num_threads(1)
@@ -60,6 +62,34 @@ def all_architectures(space: SearchSpace) -> Iterator[Architecture]:
     """Every architecture, by brute force over the product of the options."""
     for indices in itertools.product(*(range(len(choice.options)) for choice in space.choices)):
         yield space.decode(indices)
+
+
+@lru_cache
+def brute_force(space: SearchSpace) -> tuple[list[Architecture], np.ndarray]:
+    """Every architecture of a small space, and its options `[architectures, blocks, field]`."""
+    architectures = list(all_architectures(space))
+    options = [
+        [
+            [spec.options(field).index(getattr(block, field)) for field in CHOICE_FIELDS]
+            for spec, block in zip(space.blocks, architecture.blocks, strict=True)
+        ]
+        for architecture in architectures
+    ]
+    return architectures, np.array(options)
+
+
+def all_latencies(costs: SpaceCosts) -> np.ndarray:
+    """Latency of every architecture, in the order of `brute_force`."""
+    _, options = brute_force(costs.space)
+    totals = np.zeros((2, len(options)))
+    totals += [[costs.constant_ms], [costs.constant_bytes]]
+    in_width = np.zeros(len(options), dtype=int)
+    for index in range(options.shape[1]):
+        cell = (in_width, *options[:, index].T)
+        totals += [costs.block_ms[index][cell], costs.block_bytes[index][cell]]
+        in_width = options[:, index, -1]
+    ms, size = totals
+    return ms + costs.streaming_ms_per_byte * np.maximum(0, size - costs.cache_bytes)
 
 
 def parameter_count(operation: Operation) -> int:
@@ -113,3 +143,38 @@ def random_alpha(space: SearchSpace, seed: int, scale: float = 1.0) -> Architect
     noise = torch.randn(alpha.logits.shape, generator=torch.Generator().manual_seed(seed))
     alpha.logits.data.copy_(scale * noise)
     return alpha
+
+
+# Whole stages on a tiny experiment; `tiny` imports the stages only where they are tested.
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Rendered frames go to a folder of the test session, never to the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ONESHOT_EDNAS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny(own_cache):
+    """Space, tasks, table and frames of the tiny experiment."""
+    from tiny import make_tiny
+
+    return make_tiny()
+
+
+@pytest.fixture(scope="session")
+def project(tmp_path_factory, tiny):
+    """A folder with the tiny experiment's config, space and table. Read only."""
+    from tiny import write_project
+
+    return write_project(tmp_path_factory.mktemp("project"), tiny.table)
+
+
+@pytest.fixture(scope="session")
+def finished_run(project, tmp_path_factory):
+    """The folder of a whole run. Read only: copy it to change it."""
+    from tiny import finish_run
+
+    return finish_run(project, tmp_path_factory.mktemp("runs") / "finished")

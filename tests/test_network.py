@@ -56,54 +56,52 @@ def supernets() -> dict[str, Network]:
     return {space.name: supernet_of(space) for space in spaces}
 
 
-def assert_same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    """Equal to 1e-5 of the largest value, task by task."""
+def assert_same(
+    got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float = 1e-5
+) -> None:
+    """Equal to a fraction of the largest value, task by task."""
     assert list(got) == list(expected) == list(OUT_CHANNELS)
     for task, value in got.items():
         scale = expected[task].abs().max().item()
         assert scale > 0.1
-        torch.testing.assert_close(value, expected[task], rtol=0, atol=1e-5 * scale)
+        torch.testing.assert_close(value, expected[task], rtol=0, atol=tolerance * scale)
 
 
-def check_three_runs(supernet: Network, seed: int, *, is_training: bool, dtype: torch.dtype):
+def check_three_runs(supernet: Network, seed: int, *, tolerance: float) -> None:
     space = supernet.space
+    dtype = next(supernet.parameters()).dtype
     architecture = space.sample(np.random.default_rng(seed))
     images = images_of(2, 3, 64, 64, seed=seed).to(dtype)
     network = derived_network(supernet, architecture).to(dtype)
-    for net in (supernet, network):
-        net.train(is_training)
-    with torch.no_grad():
-        sliced = supernet(images, architecture)
-        relaxed = supernet(images, one_hot_gates(space, architecture, dtype=dtype))
-        derived = network(images)
-    assert_same(sliced, derived)
-    assert_same(relaxed, derived)
-    for task, count in OUT_CHANNELS.items():
-        assert derived[task].shape == (
-            2,
-            count,
-            64 // space.output_stride,
-            64 // space.output_stride,
-        )
+    side = 64 // space.output_stride
+    for is_training in (True, False):
+        supernet.train(is_training)
+        network.train(is_training)
+        with torch.no_grad():
+            derived = network(images)
+            assert_same(supernet(images, architecture), derived, tolerance)
+            gates = one_hot_gates(space, architecture, dtype=dtype)
+            assert_same(supernet(images, gates), derived, tolerance)
+        for task, count in OUT_CHANNELS.items():
+            assert derived[task].shape == (2, count, side, side)
+        # The training pass has moved the derived network's statistics.
+        inherit_weights(network, supernet, architecture)
 
 
-@pytest.mark.parametrize("is_training", [True, False])
 @settings(max_examples=8)
-@given(seed=seeds)
-def test_one_hot_equals_sliced_equals_derived_in_the_tiny_space(supernets, is_training, seed):
-    check_three_runs(supernets["ednas_tiny"], seed, is_training=is_training, dtype=torch.float32)
+@given(seeds)
+def test_one_hot_equals_sliced_equals_derived_in_the_tiny_space(supernets, seed):
+    check_three_runs(supernets["ednas_tiny"], seed, tolerance=1e-5)
 
 
-@pytest.mark.parametrize("is_training", [True, False])
 @settings(max_examples=2)
-@given(seed=seeds)
-def test_one_hot_equals_sliced_equals_derived_in_the_paper_s_space(supernets, is_training, seed):
-    # Two images of 64x64 leave 2x2 pixels at stride 32, and 1x1 at the coarsest level: batch
-    # statistics over so few values magnify rounding, so training mode is compared in float64.
-    dtype = torch.float64 if is_training else torch.float32
-    supernet = supernets["ednas_b0"].to(dtype)
-    check_three_runs(supernet, seed, is_training=is_training, dtype=dtype)
-    supernet.to(torch.float32)
+@given(seeds)
+def test_one_hot_equals_sliced_equals_derived_in_the_paper_s_space(supernets, seed):
+    # In float64: the coarsest level is one pixel, and batch statistics over two values magnify
+    # float32's rounding; a wrong channel shows all the better.
+    supernet = supernets["ednas_b0"].double()
+    check_three_runs(supernet, seed, tolerance=1e-9)
+    supernet.float()
 
 
 def test_hard_gates_run_the_architecture_that_they_sampled(supernets):
@@ -190,7 +188,7 @@ def test_the_gradient_of_alpha_agrees_with_finite_differences(name):
     supernet = supernet_of(space).double().train()
     # float64 alpha: the noise is drawn in float32 and is the same at each call.
     alpha = random_alpha(space, 2, scale=0.5).double()
-    images = images_of(2, 3, 32, 32).double()
+    images = images_of(2, 3, 64, 64).double()
     loss = alpha_loss(supernet, alpha, images, hard=False, seed=4)
     (gradient,) = torch.autograd.grad(loss, alpha.logits)
     scale = gradient.abs().max().item()
@@ -201,13 +199,14 @@ def test_the_gradient_of_alpha_agrees_with_finite_differences(name):
     ]
     for direction in directions:
         values = []
-        for step in (1e-6, -1e-6):
+        # So small a step that hardly a ReLU6 crosses its kink on the way.
+        for step in (1e-8, -1e-8):
             moved = random_alpha(space, 2, scale=0.5).double()
             moved.logits.data.copy_(alpha.logits.data + step * direction)
             with torch.no_grad():
                 values.append(alpha_loss(supernet, moved, images, hard=False, seed=4).item())
-        slope = (values[0] - values[1]) / 2e-6
-        assert slope == pytest.approx((gradient @ direction).item(), rel=1e-4, abs=1e-5 * scale)
+        slope = (values[0] - values[1]) / 2e-8
+        assert slope == pytest.approx((gradient @ direction).item(), rel=2e-4, abs=1e-5 * scale)
 
 
 # BN statistics ------------------------------------------------------------------------------
@@ -347,10 +346,10 @@ def test_weights_go_only_into_the_architecture_s_own_network(supernets):
 
 def gflops(network: Network) -> float:
     """2 x multiply-adds of the convolutions at 256x256, in billions, as fvcore counts them."""
-    from fvcore.nn import FlopCountAnalysis
-
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # fvcore is built on torch.jit, which is deprecated
+        from fvcore.nn import FlopCountAnalysis
+
         analysis = FlopCountAnalysis(network.eval(), torch.zeros(1, 3, 256, 256))
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
         return 2 * analysis.by_operator()["conv"] / 1e9
@@ -366,10 +365,10 @@ def test_the_base_network_has_the_size_of_the_paper_s_edge_baseline():
     # Vu et al., EDNAS, table 2: MT edge baseline 3.4 M parameters and 1.2 GFLOPs; the two
     # single-task networks together 2.3 GFLOPs.
     network = edge_network(None, segmentation=19, depth=1)
-    assert network.num_parameters / 1e6 == pytest.approx(3.41, abs=0.005)
-    assert gflops(network) == pytest.approx(1.21, abs=0.005)
+    assert round(network.num_parameters / 1e6, 1) == 3.4
+    assert round(gflops(network), 1) == 1.2
     single = gflops(edge_network(None, segmentation=19)) + gflops(edge_network(None, depth=1))
-    assert single == pytest.approx(2.3, abs=0.05)
+    assert round(single, 1) == 2.3
 
 
 @pytest.mark.slow
@@ -377,5 +376,5 @@ def test_table_6_with_a_standard_fused_ibn_is_larger_than_printed():
     # The paper prints 4.3 M and 4.1 GFLOPs, which a full k x k convolution exceeds.
     architecture = Architecture.load(shipped("configs/architectures/ednas_table6.json"))
     network = edge_network(architecture, segmentation=19, depth=1)
-    assert network.num_parameters / 1e6 == pytest.approx(12.7, abs=0.05)
-    assert gflops(network) == pytest.approx(6.7, abs=0.05)
+    assert round(network.num_parameters / 1e6, 1) == 12.7
+    assert round(gflops(network), 1) == 6.7

@@ -13,17 +13,26 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from PIL import Image
 
 from oneshot_ednas.config import ExperimentConfig, LatencyConfig
 from oneshot_ednas.data.source import DataConfig
 from oneshot_ednas.report import RunPictures, write_report
 from oneshot_ednas.report.markup import duration, join, number, tag
-from oneshot_ednas.report.plots import RunLog, prediction_mosaic
+from oneshot_ednas.report.plots import (
+    RunLog,
+    outcome_plots,
+    prediction_mosaic,
+    running_mean,
+    search_plots,
+)
 from oneshot_ednas.retrain import RetrainConfig
 from oneshot_ednas.schema import dump_yaml
 from oneshot_ednas.search import SearchConfig
-from oneshot_ednas.space import SearchSpace, ednas_tiny
+from oneshot_ednas.space import ednas_tiny
 from oneshot_ednas.tasks import Task, TaskConfig, make_tasks
 
 SECTIONS = ["headline", "comparison", "architecture", "curves", "predictions", "gap", "run"]
@@ -76,12 +85,10 @@ class RunFolder:
             search=SearchConfig(steps=STEPS, batch_size=16, warmup_fraction=0.3),
             retrain=RetrainConfig(steps=400, batch_size=16),
         )
-        probabilities = {
-            choice.name: dict(
-                zip(map(str, choice.options), rng.dirichlet([1] * len(choice.options)).tolist())
-            )
-            for choice in self.space.choices
-        }
+        probabilities: dict[str, dict[str, float]] = {}
+        for choice in self.space.choices:
+            shares = rng.dirichlet([1] * len(choice.options)).tolist()
+            probabilities[choice.name] = dict(zip(map(str, choice.options), shares, strict=True))
         supernet = {
             "reward": 0.21,
             "metrics": scaled(METRICS, 0.9),
@@ -182,6 +189,7 @@ class Page(HTMLParser):
 
     def __init__(self, text: str) -> None:
         super().__init__()
+        self.text = text
         self.open: list[str] = []
         self.tags: list[str] = []
         self.sections: dict[str, list[str]] = {}
@@ -212,31 +220,43 @@ class Page(HTMLParser):
         return " ".join(self.sections[section])
 
 
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Page:
+    """The whole report of the run as it is."""
+    return Page(RunFolder(tmp_path_factory.mktemp("run")).write())
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> RunFolder:
     return RunFolder(tmp_path)
 
 
-def test_the_report_has_every_section_in_order_and_is_balanced(run: RunFolder) -> None:
-    page = Page(run.write())
+@pytest.fixture
+def plain(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
+    """A run whose curves, which take a second, are left out of its report."""
+    for name in ("search_plots", "outcome_plots"):
+        monkeypatch.setattr(f"oneshot_ednas.report.page.{name}", lambda *_, **__: b"")
+    return run
+
+
+def test_the_report_has_every_section_in_order_and_is_balanced(page: Page) -> None:
     assert list(page.sections) == SECTIONS
     assert all(page.sections.values())
 
 
-def test_the_report_needs_nothing_else(run: RunFolder) -> None:
-    page = Page(run.write())
+def test_the_report_needs_nothing_else(page: Page) -> None:
     assert not {"script", "link", "iframe", "object"} & set(page.tags)
     sources = [value for key, value in page.attributes if key in ("src", "href")]
     assert len(sources) == 4
     assert all(value.startswith(("data:image/png;base64,", "#")) for value in sources)
-    assert "url(" not in run.write()
-    assert "://" not in run.write()
+    assert "url(" not in page.text
+    assert "://" not in page.text
 
 
-def test_text_from_files_is_escaped(run: RunFolder) -> None:
-    run.results["versions"]["python"] = "<script>alert(1)</script>"
-    run.results["table"] = "a&b.csv"
-    text = run.write()
+def test_text_from_files_is_escaped(plain: RunFolder) -> None:
+    plain.results["versions"]["python"] = "<script>alert(1)</script>"
+    plain.results["table"] = "a&b.csv"
+    text = plain.write()
     assert "&lt;b&gt;&amp;" in text
     assert "<b>&" not in text
     page = Page(text)
@@ -246,16 +266,15 @@ def test_text_from_files_is_escaped(run: RunFolder) -> None:
     assert "3 of 88 options were never trained; <search> longer" in page.sections["gap"]
 
 
-def test_the_headline_says_whether_the_budget_is_met(run: RunFolder) -> None:
-    words = Page(run.write()).words("headline")
+def test_the_headline_says_whether_the_budget_is_met(plain: RunFolder) -> None:
+    words = Page(plain.write()).words("headline")
     assert "Inside the budget: 1.437 of 1.45 ms" in words
     assert "64x128, 1,200 training and 128 test frames · seed 0" in words
-    run.results |= {"latency_ms": 1.5, "is_inside_target": False}
-    assert "Over the budget: 1.500 of 1.45 ms" in Page(run.write()).words("headline")
+    plain.results |= {"latency_ms": 1.5, "is_inside_target": False}
+    assert "Over the budget: 1.500 of 1.45 ms" in Page(plain.write()).words("headline")
 
 
-def test_the_best_value_of_each_row_is_bold(run: RunFolder) -> None:
-    page = Page(run.write())
+def test_the_best_value_of_each_row_is_bold(page: Page) -> None:
     words = page.words("comparison")
     assert "depth: absolute error ↓ 3.210 3.274 2.985" in words
     assert "segmentation: miou ↑ 0.4120 0.4202 0.3832" in words
@@ -282,60 +301,115 @@ def test_single_lines_and_values_that_are_not_finite_are_drawn(run: RunFolder) -
     assert list(Page(run.write()).sections) == SECTIONS
 
 
-def test_several_seeds_show_their_standard_deviation(run: RunFolder) -> None:
-    run.results |= {"reward_per_seed": [0.23, 0.24], "metrics_std": scaled(METRICS, 0.01)}
-    words = Page(run.write()).words("comparison")
+def test_several_seeds_show_their_standard_deviation(plain: RunFolder) -> None:
+    plain.results |= {"reward_per_seed": [0.23, 0.24], "metrics_std": scaled(METRICS, 0.01)}
+    words = Page(plain.write()).words("comparison")
     assert "0.4120 ± 0.0041" in words
-    assert "the mean of 2 seeds" in words
+    assert "2 seeds (mean ± standard deviation)" in words
 
 
-def test_the_architecture_shows_the_base_value_where_it_differs(run: RunFolder) -> None:
-    base = run.space.base_architecture.to_json()
-    run.candidates["candidates"][0]["architecture"] = copy.deepcopy(base)
-    assert "base" not in " ".join(Page(run.write()).sections["architecture"][:-1])
+def test_the_architecture_shows_the_base_value_where_it_differs(plain: RunFolder) -> None:
+    base = plain.space.base_architecture.to_json()
+    plain.candidates["candidates"][0]["architecture"] = copy.deepcopy(base)
+    assert "base" not in " ".join(Page(plain.write()).sections["architecture"][:-1])
     base["blocks"][1] |= {"kernel_size": 5, "filters": 24}  # type: ignore[index]
-    run.candidates["candidates"][0]["architecture"] = base
-    shown = Page(run.write()).sections["architecture"][:-1]
+    plain.candidates["candidates"][0]["architecture"] = base
+    shown = Page(plain.write()).sections["architecture"][:-1]
     assert [word for word in shown if word.startswith("base")] == ["base 3", "base 16"]
 
 
-def test_every_option_carries_its_probability(run: RunFolder) -> None:
-    titles = [value for key, value in Page(run.write()).attributes if key == "title"]
-    assert len(titles) == sum(len(choice.options) for choice in run.space.choices)
-    expected = run.candidates["probabilities"]["block_1.op"]["ibn"]
+def test_every_option_carries_its_probability(plain: RunFolder) -> None:
+    titles = [value for key, value in Page(plain.write()).attributes if key == "title"]
+    assert len(titles) == sum(len(choice.options) for choice in plain.space.choices)
+    expected = plain.candidates["probabilities"]["block_1.op"]["ibn"]
     assert titles[0] == f"ibn: {expected:.1%}"
 
 
-def test_the_gap_table_compares_latencies_with_the_target(run: RunFolder) -> None:
-    words = Page(run.write()).words("gap")
+def test_the_gap_table_compares_latencies_with_the_target(page: Page) -> None:
+    words = page.words("gap")
     assert "Expected under alpha (soft) 1.412 -2.6%" in words
     assert "Reward 0.2100 0.2345" in words
 
 
-def test_the_full_config_is_in_the_report(run: RunFolder) -> None:
-    assert "warmup_fraction: 0.3" in Page(run.write()).words("run")
+def test_the_full_config_is_in_the_report(page: Page) -> None:
+    assert "warmup_fraction: 0.3" in page.words("run")
 
 
-def test_a_missing_file_is_named(run: RunFolder) -> None:
-    run.write()
-    (run.folder / "results.json").unlink()
+def test_a_missing_file_is_named(plain: RunFolder) -> None:
+    plain.write()
+    (plain.folder / "results.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"no file .*results\.json"):
         write_report(
-            run.folder, tasks=TASKS, space=run.space, pictures=run.pictures(), class_names=()
+            plain.folder, tasks=TASKS, space=plain.space, pictures=plain.pictures(), class_names=()
         )
 
 
-def test_pictures_must_have_a_map_of_each_task_for_each_image(run: RunFolder) -> None:
-    pictures = run.pictures(2)
+def test_pictures_must_have_a_map_of_each_task_for_each_image(plain: RunFolder) -> None:
+    pictures = plain.pictures(2)
     pictures.targets["depth"].pop()
     message = r"targets: expected one map of task depth for each of 2 images .* got 1"
     with pytest.raises(ValueError, match=message):
-        run.write(pictures)
-    assert not (run.folder / "report.html").exists()
+        plain.write(pictures)
+    assert not (plain.folder / "report.html").exists()
 
 
-def test_target_and_prediction_share_their_colours(small_space: SearchSpace) -> None:
-    del small_space
+@pytest.fixture
+def panels(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> dict[str, Axes]:
+    """The panels of the plots, by title, before they become pixels."""
+    found: dict[str, Axes] = {}
+
+    def keep(figure: Figure) -> bytes:
+        found.update({axes.get_title(loc="left"): axes for axes in figure.axes})
+        return b""
+
+    monkeypatch.setattr("oneshot_ednas.report.plots._png", keep)
+    log = RunLog(run.log)
+    search_plots(log, task_names=list(TASKS), target_ms=1.45, warmup_steps=60, max_entropy=27.0)
+    candidates, front = run.candidates["candidates"], run.candidates["pareto_front"]
+    outcome_plots(log, candidates=candidates, front=front, target_ms=1.45)
+    return found
+
+
+def lines(axes: Axes) -> dict[str, Line2D]:
+    return {str(line.get_label()): line for line in axes.lines}
+
+
+def test_curves_show_what_was_logged(panels: dict[str, Axes], run: RunFolder) -> None:
+    logged = [line for line in run.log if line["stage"] == "search"]
+    expected = lines(panels["Expected latency, ms"])["expected under alpha"]
+    assert list(expected.get_ydata()) == [line["latency/expected_ms"] for line in logged]
+    assert list(expected.get_xdata()) == [line["step"] for line in logged]
+    assert set(lines(panels["Expected latency, ms"])["target"].get_ydata()) == {1.45}
+    (temperature,) = panels["Temperature"].lines
+    assert list(temperature.get_xdata()) == list(range(60, STEPS, 5))
+    assert set(TASKS) <= set(lines(panels["Loss per task"]))
+    assert panels["Loss per task"].get_yscale() == "log"
+    assert {"derived, seed 0", "base", "random"} <= set(
+        lines(panels["Loss when trained from scratch"])
+    )
+
+
+def test_the_running_mean_of_a_straight_line_is_that_line() -> None:
+    axes = Figure().subplots()
+    steps = np.arange(200)
+    running_mean(axes, steps, 3.0 * steps, "x")
+    np.testing.assert_allclose(axes.lines[-1].get_ydata(), 3.0 * steps)
+    assert len(axes.lines) == 2
+
+
+def test_the_derived_candidate_stands_out(panels: dict[str, Axes], run: RunFolder) -> None:
+    first, *others = run.candidates["candidates"]
+    for title, key in (
+        ("Log-probability under alpha", "log_probability"),
+        ("Reward with supernet weights", "reward"),
+    ):
+        drawn = lines(panels[title])
+        assert drawn["derived"].get_xydata().tolist() == [[first["latency_ms"], first[key]]]
+        assert len(drawn["candidates"].get_xdata()) == len(others)
+        assert set(drawn["target"].get_xdata()) == {1.45}
+
+
+def test_target_and_prediction_share_their_colours() -> None:
     tasks = make_tasks({"far": TaskConfig(kind="depth")})
     ramp = np.linspace(2, 50, 240, dtype=np.float32)[None].repeat(8, 0)[None]
     stray = ramp.copy()
@@ -351,9 +425,9 @@ def test_target_and_prediction_share_their_colours(small_space: SearchSpace) -> 
     assert (mosaic[40:56, :480] == 0).all()  # the image, twice as large
 
 
-def test_the_mosaic_is_kept_in_the_folder_and_small_maps_are_enlarged(run: RunFolder) -> None:
-    run.write()
-    with Image.open(run.folder / "predictions.png") as mosaic:
+def test_the_mosaic_is_kept_in_the_folder_and_small_maps_are_enlarged(plain: RunFolder) -> None:
+    plain.write()
+    with Image.open(plain.folder / "predictions.png") as mosaic:
         assert mosaic.width == 5 * (8 * 32 + 6) + 26
         assert mosaic.height == 2 * 2 * (8 * 16 + 6) + 40
 
@@ -396,4 +470,4 @@ def test_numbers_have_four_digits_and_times_a_fitting_unit() -> None:
         "1000",
         "12,346",
     ]
-    assert [duration(v) for v in (4.25, 90, 9000)] == ["4.2 s", "1.5 min", "2.5 h"]
+    assert [duration(v) for v in (4.25, 90.0, 9000.0)] == ["4.2 s", "1.5 min", "2.5 h"]

@@ -14,6 +14,7 @@ from oneshot_ednas.schema import (
     load_yaml,
     nearest,
     parse_yaml,
+    read_json,
     shipped,
     to_plain,
 )
@@ -224,6 +225,20 @@ def test_load_yaml_names_the_file(tmp_path):
         load_yaml(path, Outer)
     path.write_text("name: x\n")
     assert load_yaml(path, Outer, overrides=["mode=constant"]).mode == "constant"
+
+
+def test_json_is_read_or_refused_by_name(tmp_path):
+    path = tmp_path / "a.json"
+    with pytest.raises(FileNotFoundError, match=r"no file .*a\.json"):
+        read_json(path)
+    path.write_text('{"a": [1, 2.5, null]}')
+    assert read_json(path) == {"a": [1, 2.5, None]}
+    path.write_text('{"a": [1,')
+    with pytest.raises(ValueError, match=r"a\.json: not valid JSON: "):
+        read_json(path)
+    path.write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"a\.json: not valid JSON: "):
+        read_json(path)
 
 
 def test_shipped_files_are_found_and_others_are_not():

@@ -52,7 +52,7 @@ def batch_of(tiny, **changes) -> dict[str, torch.Tensor]:
 
 
 def test_derived_seeds_differ_per_seed_purpose_and_step():
-    purposes = [("augment", 0), ("augment", 1), ("order",), ("order", 0), ("path", 0), (0, "path")]
+    purposes = [("augment", 0), ("augment", 1), ("order",), ("path", 0), (1, "path")]
     seeds = {derived_seed(seed, *purpose) for seed in range(20) for purpose in purposes}
     assert len(seeds) == 20 * len(purposes)
 

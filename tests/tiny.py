@@ -1,10 +1,8 @@
 """A tiny experiment for the tests of whole stages: 3,072 architectures, 32x32 street scenes."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import pytest
 import torch
 from conftest import SMALL_SPACE, toy_table
 
@@ -88,16 +86,7 @@ def tiny_table(space: SearchSpace) -> LatencyTable:
     return LatencyTable(replace(table.header, held_out_mape=5.0), table.rows, "table.csv")
 
 
-@pytest.fixture(scope="session", autouse=True)
-def own_cache(tmp_path_factory) -> Iterator[None]:
-    """Rendered frames go to a folder of the test session, never to the user's."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ONESHOT_EDNAS_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
-@pytest.fixture(scope="session")
-def tiny(own_cache) -> Tiny:
+def make_tiny() -> Tiny:
     space = SearchSpace.from_yaml(SMALL_SPACE)
     tasks = {
         "segmentation": TaskConfig(kind="segmentation", num_classes=10),
@@ -107,13 +96,11 @@ def tiny(own_cache) -> Tiny:
     return Tiny(space, make_tasks(tasks), tiny_table(space), train)
 
 
-@pytest.fixture(scope="session")
-def project(tmp_path_factory, tiny) -> Path:
-    """A folder with config, space and table beside each other, as a user would keep them."""
-    folder = tmp_path_factory.mktemp("project")
+def write_project(folder: Path, table: LatencyTable) -> Path:
+    """Config, space and table beside each other, as a user would keep them."""
     (folder / "config.yaml").write_text(CONFIG)
     (folder / "space.yaml").write_text(SMALL_SPACE)
-    tiny.table.save(folder / "table.csv")
+    table.save(folder / "table.csv")
     return folder
 
 
@@ -124,9 +111,7 @@ def new_run(project: Path, out: Path, *, overrides=(), resume: bool = False) -> 
     return run
 
 
-@pytest.fixture(scope="session")
-def finished_run(project, tmp_path_factory) -> Path:
-    """The folder of a whole run. Read only: copy it to change it."""
-    out = tmp_path_factory.mktemp("runs") / "finished"
+def finish_run(project: Path, out: Path) -> Path:
+    """A whole run, from search to report."""
     run_all(new_run(project, out))
     return out

@@ -38,8 +38,8 @@ def pad_same(
         total = max((math.ceil(size / stride) - 1) * stride + kernel_size - size, 0)
         return total // 2, total - total // 2
 
-    top, bottom = before_after(x.shape[2])
-    left, right = before_after(x.shape[3])
+    top, bottom = before_after(int(x.shape[2]))
+    left, right = before_after(int(x.shape[3]))
     return F.pad(x, (left, right, top, bottom))
 
 
@@ -128,7 +128,7 @@ class SeparableConv(nn.Module):
 
 def conv_same(x: Tensor, weight: Tensor, stride: int, *, depthwise: bool = False) -> Tensor:
     """Convolution with TensorFlow's SAME padding; `depthwise` keeps the channels apart."""
-    kernel_size = weight.shape[2]
+    kernel_size = int(weight.shape[2])  # a tensor while torch.jit traces
     groups = x.shape[1] if depthwise else 1
     if stride == 1:
         return F.conv2d(x, weight, padding=kernel_size // 2, groups=groups)

@@ -2,8 +2,11 @@
 
 import html
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -98,8 +101,7 @@ def write_report(
 
 def _headline(run: _Run) -> Html:
     results, data = run.results, run.config.data
-    is_inside = results["is_inside_target"]
-    verdict = "Inside" if is_inside else "Over"
+    verdict = "Inside" if results["is_inside_target"] else "Over"
     latency, target = number(results["latency_ms"]), f"{results['target_ms']:.4g}"
     source = data.source if data.root is None else f"{data.source} {data.root}"
     frames, versions = results["num_frames"], results["versions"]
@@ -112,11 +114,7 @@ def _headline(run: _Run) -> Html:
     }
     parts = [
         tag("div", f"oneshot-ednas · {run.space.name} · {', '.join(run.tasks)}", class_="eyebrow"),
-        tag(
-            "h1",
-            f"{verdict} the budget: {latency} of {target} ms",
-            class_="inside" if is_inside else "over",
-        ),
+        tag("h1", f"{verdict} the budget: {latency} of {target} ms", class_=verdict.lower()),
         tag(
             "div",
             *(tag("div", tag("b", v), tag("span", k), class_="tile") for k, v in tiles.items()),
@@ -138,55 +136,58 @@ def _headline(run: _Run) -> Html:
 
 
 def _comparison(run: _Run) -> Html:
-    networks = run.networks
-    spread = run.results["metrics_std"]
-
-    def row(label: str, values: Sequence[float], is_lower_better: bool, form: Any) -> list[object]:
-        best = (min if is_lower_better else max)(values)
-        cells: list[object] = [
-            tag("b", form(v)) if v == best and len(values) > 1 else form(v) for v in values
-        ]
-        return [join([label, " ", "↓" if is_lower_better else "↑"]), *cells]
-
-    def column(*keys: str) -> list[float]:
-        found: list[Any] = list(networks.values())
-        for key in keys:
-            found = [value[key] for value in found]
-        return found
-
-    inside = [
-        tag("span", "yes" if is_in else "no", class_="yes" if is_in else "no")
-        for is_in in column("is_inside_target")
-    ]
+    networks, results = run.networks, run.results
+    is_inside = ["yes" if found["is_inside_target"] else "no" for found in networks.values()]
     rows: list[list[object]] = [
-        row("Latency, ms", column("latency_ms"), True, number),
-        [f"Inside the target of {run.results['target_ms']:.4g} ms", *inside],
-        row("Reward", column("reward"), False, number),
-        row("Parameters", column("parameters"), True, "{:,}".format),
-        row("GMACs", column("gmacs"), True, number),
+        _measure(run, "Latency, ms", "latency_ms", is_error=True),
+        [
+            f"Inside the target of {results['target_ms']:.4g} ms",
+            *(tag("span", word, class_=word) for word in is_inside),
+        ],
+        _measure(run, "Reward", "reward", is_error=False),
+        _measure(run, "Parameters", "parameters", is_error=True),
+        _measure(run, "GMACs", "gmacs", is_error=True),
     ]
     for name, task in run.tasks.items():
         for metric in task.reward_metrics:
-            words = f"{name}: {metric.replace('_', ' ')}"
             is_error = metric in task.lower_is_better
-            cells = row(words, column("metrics", name, metric), is_error, number)
-            if spread is not None:
-                deviation = f" ± {spread[name][metric]:.2g}"
-                cells[1] = join([cells[1], tag("span", deviation, class_="unit")])
-            rows.append(cells)
-    seeds, config = len(run.results["reward_per_seed"]), run.config.retrain
-    many = f"the mean of {seeds} seeds (± standard deviation)" if seeds > 1 else "one seed"
+            keys = ("metrics", name, metric)
+            rows.append(_measure(run, _metric_label(name, metric), *keys, is_error=is_error))
+    seeds, config = len(results["reward_per_seed"]), run.config.retrain
     caption = (
-        f"Trained from scratch for {config.steps:,} steps of {config.batch_size} frames and scored "
-        f"on the test split. The derived network is {many}"
+        f"Each network is trained from scratch for {config.steps:,} steps of {config.batch_size} "
+        f"frames and scored on the test split, the derived one with "
+        + (f"{seeds} seeds (mean ± standard deviation)" if seeds > 1 else "one seed")
         + (
-            f"; {' and '.join(run.results['baselines'])} were trained alike with one seed. "
-            f"Bold: best of the row."
+            f", {' and '.join(results['baselines'])} alike with one seed. Bold: best of the row."
             if len(networks) > 1
             else "; the run has no baselines."
         )
     )
     return join([table(["", *networks], rows, "numbers"), tag("p", caption, class_="note")])
+
+
+def _measure(run: _Run, label: str, *keys: str, is_error: bool) -> list[object]:
+    """A row of the comparison: the value under `keys` of each network, the best in bold."""
+    values: list[Any] = [reduce(getitem, keys, found) for found in run.networks.values()]
+    best = (min if is_error else max)(values)
+    form = number if isinstance(best, float) else "{:,}".format
+    cells: list[object] = [
+        tag("b", form(value)) if value == best and len(values) > 1 else form(value)
+        for value in values
+    ]
+    spread = None
+    if keys[0] == "metrics" and run.results["metrics_std"] is not None:
+        spread = reduce(getitem, keys[1:], run.results["metrics_std"])
+    elif keys[0] == "reward" and len(run.results["reward_per_seed"]) > 1:
+        spread = statistics.stdev(run.results["reward_per_seed"])
+    if spread is not None:
+        cells[0] = join([cells[0], tag("span", f" ± {spread:.2g}", class_="unit")])
+    return [f"{label} {'↓' if is_error else '↑'}", *cells]
+
+
+def _metric_label(task_name: str, metric: str) -> str:
+    return f"{task_name}: {metric.replace('_', ' ')}"
 
 
 def _architecture(run: _Run) -> Html:
@@ -209,7 +210,7 @@ def _architecture(run: _Run) -> Html:
         rows.append([index, f"1/{stride}", *cells])
     note = (
         "Each box is an option of the search; it is filled as high as the option's probability "
-        "under alpha. The derived network's option has a dark frame; the base network's value is "
+        "under alpha. The derived network's option has a blue frame; the base network's value is "
         "grey where it differs. Options are chosen to be the most probable within the latency "
         "target and the best with supernet weights, so a frame need not be the fullest box."
     )
@@ -224,7 +225,7 @@ def _choice(value: str | int, base: str | int, probabilities: Mapping[str, float
     boxes = [
         tag(
             "div",
-            option.removesuffix("_ibn") if option != "ibn" else option,
+            option.removesuffix("_ibn"),
             class_="option kept" if option == str(value) else "option",
             title=f"{option}: {probability:.1%}",
             style=f"background: linear-gradient(to top, var(--pale) {probability:.1%}, "
@@ -255,8 +256,8 @@ def _curves(run: _Run) -> Html:
         [
             figure(
                 search,
-                "The search. Grey: warm-up, in which only the weights learn. Losses are drawn "
-                "faint as logged and bold as a running mean; those per task are of weight steps.",
+                "The search. Grey: warm-up, in which only the weights learn. Losses per task are "
+                "of weight steps; a running mean lies over the faint values of a long log.",
             ),
             figure(
                 outcome,
@@ -300,9 +301,8 @@ def _gap(run: _Run) -> Html:
     scores: list[list[object]] = [["Reward", number(supernet["reward"]), number(results["reward"])]]
     for name, task in run.tasks.items():
         for metric in task.reward_metrics:
-            words = f"{name}: {metric.replace('_', ' ')}"
             pair = (supernet["metrics"][name][metric], results["metrics"][name][metric])
-            scores.append([words, *map(number, pair)])
+            scores.append([_metric_label(name, metric), *map(number, pair)])
     head = ["", "supernet weights", "retrained"]
     parts = [
         tag(

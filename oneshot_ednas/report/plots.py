@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
@@ -34,14 +34,17 @@ STYLE: Any = {
     "grid.color": "#e6eaee",
     "legend.frameon": False,
     "legend.fontsize": 8.5,
+    "legend.columnspacing": 1.2,
+    "legend.handlelength": 1.5,
+    "legend.handletextpad": 0.5,
     "lines.linewidth": 1.6,
 }
 PIXELS_PER_INCH = 160
-PANEL_INCHES = (3.9, 2.6)
+PANEL_INCHES = (3.9, 2.8)
 MIN_CELL_PIXELS = 240
 """Width of a map in the picture of predictions; smaller maps are enlarged by a whole number."""
 SMOOTHED_SHARE = 25
-"""Losses are averaged over this part of a curve: one 25th."""
+"""Losses are averaged over one such part of their curve."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +66,7 @@ class RunLog:
     lines: list[dict[str, Any]]
 
     @classmethod
-    def read(cls, path: Path) -> Self:
+    def read(cls, path: Path) -> "RunLog":
         """Read what there is: no file is no lines, and a line torn by a crash is left out."""
         lines = []
         for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
@@ -101,14 +104,17 @@ def search_plots(
 
     def losses(axes: Axes, labels: Sequence[str]) -> None:
         for label in labels:
-            _smoothed(axes, *log.curve("search", f"loss/{label}"), label)
+            running_mean(axes, *log.curve("search", f"loss/{label}"), label)
+        _log_scale_if_wide(axes)
 
     def latency(axes: Axes) -> None:
         axes.plot(*log.curve("search", "latency/expected_ms"), label="expected under alpha")
         axes.axhline(target_ms, color=ORANGE, linestyle="--", label="target")
+        axes.margins(y=0.15)
 
     def mu(axes: Axes) -> None:
         axes.plot(*log.curve("search", "latency/mu"))
+        axes.set_ylim(bottom=0)
 
     def entropy(axes: Axes) -> None:
         axes.plot(*log.curve("search", "alpha/entropy"), label="alpha")
@@ -119,6 +125,7 @@ def search_plots(
         steps, values = log.curve("search", "temperature")
         # Lines without an alpha step, such as those of the warm-up, say 0.
         axes.plot(steps[values > 0], values[values > 0])
+        axes.set_ylim(bottom=0)
 
     panels: dict[str, Callable[[Axes], None]] = {
         "Loss": lambda axes: losses(axes, ("weights", "alpha")),
@@ -135,10 +142,8 @@ def search_plots(
         axes.set_xlim(0, max(last, 1))
         if warmup_steps:
             axes.axvspan(0, min(warmup_steps, max(last, 1)), color=PALE, zorder=0)
-    if warmup_steps:
-        grid[0].annotate(
-            "warm-up", (0, 1), (4, -4), "axes fraction", "offset points", color=GREY, va="top"
-        )
+    if warmup_steps:  # the temperature's panel is empty there
+        grid[-1].annotate("warm-up", (0, 0), (4, 4), "axes fraction", "offset points", color=GREY)
     return _png(figure)
 
 
@@ -184,8 +189,9 @@ def outcome_plots(
     def training(axes: Axes) -> None:
         for stage in [*log.stages("retrain."), *log.stages("baseline.")]:
             label = stage.removeprefix("baseline.").replace("retrain.", "derived, ")
-            _smoothed(axes, *log.curve(stage, "loss/weights"), label.replace("_", " "))
+            running_mean(axes, *log.curve(stage, "loss/weights"), label.replace("_", " "))
         axes.set_xlabel("step")
+        axes.set_xlim(left=0)
 
     figure, _ = _panels(
         {
@@ -228,17 +234,17 @@ def prediction_mosaic(pictures: RunPictures, tasks: Mapping[str, Task]) -> bytes
         figure = Figure(figsize=size, dpi=100)
         figure.figimage(canvas, origin="upper")
 
-        def write(text: str, x: float, y: float, **style: Any) -> None:
+        def write(text: str, x: int, y: int, **style: Any) -> None:
             at = x / canvas.shape[1], 1 - y / canvas.shape[0]
             figure.text(*at, text, ha="center", va="center", fontsize=13, **style)
 
-        write("image", columns, top / 2, weight="bold", parse_math=False)
+        write("image", columns, top // 2, weight="bold", parse_math=False)
         for j, name in enumerate(tasks):
-            middle = left + (2.5 + j) * columns
-            write(name, middle, top / 2, weight="bold", parse_math=False)
+            middle = left + (5 + 2 * j) * columns // 2
+            write(name, middle, top // 2, weight="bold", parse_math=False)
         for row in range(2 * num_frames):
             word = ("target", "prediction")[row % 2]
-            x, y = 2 * columns + left / 2 - gap / 2, top + (row + 0.5) * rows
+            x, y = 2 * columns + (left - gap) // 2, top + (2 * row + 1) * rows // 2
             write(word, x, y, rotation=90, color=GREY)
         return _png(figure, dpi=100)
 
@@ -266,18 +272,24 @@ def _pair(task: Task, target: np.ndarray, prediction: np.ndarray) -> tuple[np.nd
     return joined[:, :middle], joined[:, middle:]
 
 
-def _smoothed(axes: Axes, steps: np.ndarray, values: np.ndarray, label: str) -> None:
-    """A faint curve with its running mean."""
-    window = len(values) // SMOOTHED_SHARE
-    (line,) = axes.plot(steps, values, alpha=0.25 if window > 1 else 1.0, linewidth=1.0)
-    if window > 1:
-        sums = np.convolve(values, np.ones(window), "same")
-        counts = np.convolve(np.ones(len(values)), np.ones(window), "same")
-        values = sums / counts
-    axes.plot(steps, values, color=line.get_color(), label=label)
-    if values.size and (values > 0).all() and values.max() > 5 * values.min():
+def running_mean(axes: Axes, steps: np.ndarray, values: np.ndarray, label: str) -> None:
+    """Draw a curve faintly, and over it its mean over one `SMOOTHED_SHARE`-th of its length."""
+    half = len(values) // (2 * SMOOTHED_SHARE)
+    (line,) = axes.plot(steps, values, alpha=0.3 if half else 1.0, linewidth=1.0)
+    # The window shrinks towards the ends, so that the mean starts and ends on the curve.
+    index = np.arange(len(values))
+    reach = np.minimum(np.minimum(index, index[::-1]), half)
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    means = (sums[index + reach + 1] - sums[index - reach]) / (2 * reach + 1)
+    axes.plot(steps, means, color=line.get_color(), label=label)
+
+
+def _log_scale_if_wide(axes: Axes) -> None:
+    """A logarithmic axis where curves of different size would flatten each other."""
+    values = np.concatenate([[], *(np.asarray(line.get_ydata()) for line in axes.lines)])
+    if values.size and (values > 0).all() and values.max() > 20 * values.min():
         axes.set_yscale("log")
-        axes.grid(visible=True, which="major")
+        axes.yaxis.set_major_formatter("{x:g}")
 
 
 def _panels(panels: Mapping[str, Callable[[Axes], None]]) -> tuple[Figure, list[Axes]]:
@@ -289,14 +301,16 @@ def _panels(panels: Mapping[str, Callable[[Axes], None]]) -> tuple[Figure, list[
         for axes, (title, draw) in zip(grid, panels.items(), strict=True):
             axes.set_title(title)
             draw(axes)
-            if len(axes.get_legend_handles_labels()[1]) > 1:
-                axes.legend()
+            count = len(axes.get_legend_handles_labels()[1])
+            if count > 1:
+                below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.22)}
+                axes.legend(**below, ncols=4 if count == 4 else 3)
             if not any(len(line.get_xdata()) for line in axes.lines):
                 axes.text(0.5, 0.5, "not logged", color=GREY, ha="center", transform=axes.transAxes)
     return figure, grid
 
 
-def _png(figure: Figure, dpi: float = PIXELS_PER_INCH) -> bytes:
+def _png(figure: Figure, dpi: int = PIXELS_PER_INCH) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi)
     return buffer.getvalue()

@@ -1,0 +1,151 @@
+"""Training from scratch: exact resumption, seeds, overfitting, refusals."""
+
+import json
+import math
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from tiny import CPU, FAST
+
+from oneshot_ednas.data.transforms import AugmentConfig
+from oneshot_ednas.models.network import Network
+from oneshot_ednas.retrain import RetrainConfig, retrain
+from oneshot_ednas.store import load_checkpoint
+from oneshot_ednas.training import Interrupted, LoopConfig
+
+SETTINGS = {
+    "steps": 5,
+    "batch_size": 4,
+    "calibration_batches": 2,
+    "optimizer": FAST,
+    "loop": LoopConfig(log_every=1, checkpoint_every=2),
+}
+
+
+def train(tiny, folder, *, architecture=None, seed=0, split=None, augment=True, **settings):
+    return retrain(
+        RetrainConfig(**(SETTINGS | settings)),
+        tiny.space,
+        architecture or tiny.space.base_architecture,
+        tiny.tasks,
+        split or tiny.train,
+        stage="retrain.seed_0",
+        folder=folder,
+        checkpoint=folder / "retrain.safetensors",
+        augmentation=AugmentConfig(flip=augment, brightness=0.2 if augment else 0.0),
+        seed=seed,
+        device=CPU,
+    )[0]
+
+
+def same(one: Network, other: Network) -> bool:
+    a, b = one.state_dict(), other.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("stop_at", [0, 3])
+def test_a_resumed_training_equals_an_uninterrupted_one_bit_by_bit(
+    tiny, tmp_path, monkeypatch, stop_at
+):
+    (tmp_path / "whole").mkdir()
+    whole = train(tiny, tmp_path / "whole")
+    calls, forward = [], Network.forward
+
+    def interrupted(self, images, run=None):
+        if len(calls) == stop_at:
+            os.kill(os.getpid(), signal.SIGINT)
+        calls.append(1)
+        return forward(self, images, run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Network, "forward", interrupted)
+        with pytest.raises(Interrupted, match=f"after step {stop_at + 1} of 5 in retrain.seed_0"):
+            train(tiny, tmp_path)
+    torch.manual_seed(99)
+    resumed = train(tiny, tmp_path)
+    assert same(whole, resumed)
+    logs = [f / "metrics.jsonl" for f in (tmp_path, tmp_path / "whole")]
+    assert logs[0].read_text() == logs[1].read_text()
+    states = [load_checkpoint(f / "retrain.safetensors") for f in (tmp_path, tmp_path / "whole")]
+    for one, other in zip(*(state["optimizer"]["state"].values() for state in states), strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_finished_training_is_read_back_without_a_step(tiny, tmp_path, monkeypatch):
+    first = train(tiny, tmp_path)
+    monkeypatch.setattr("oneshot_ednas.retrain.run_steps", None)
+    assert same(first, train(tiny, tmp_path))
+
+
+def test_seeds_change_the_network_and_repeat(tiny, tmp_path):
+    networks = []
+    for number, seed in enumerate((0, 0, 1)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        networks.append(train(tiny, folder, seed=seed, steps=1))
+    assert same(networks[0], networks[1])
+    assert not same(networks[0], networks[2])
+
+
+def test_one_batch_can_be_overfitted(tiny, tmp_path):
+    part = tiny.train.subset(range(4))
+    train(tiny, tmp_path, split=part, steps=60, augment=False)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["loss/weights"] for line in lines]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_bn_statistics_are_averages_over_calibration_images(tiny, tmp_path):
+    network = train(tiny, tmp_path, steps=1)
+    variances = [b for name, b in network.named_buffers() if name.endswith("running_var")]
+    assert len(variances) > 10
+    assert not any(torch.equal(variance, torch.ones_like(variance)) for variance in variances)
+    stored = load_checkpoint(tmp_path / "retrain.safetensors")["network"]
+    assert all(torch.equal(b, stored[name]) for name, b in network.named_buffers())
+
+
+def test_a_checkpoint_of_another_architecture_or_seed_is_refused(tiny, tmp_path):
+    train(tiny, tmp_path, steps=1)
+    other = tiny.space.sample(np.random.default_rng(0))
+    for change in ({"architecture": other}, {"seed": 1}):
+        with pytest.raises(ValueError, match="holds another architecture or seed; delete it"):
+            train(tiny, tmp_path, steps=1, **change)
+
+
+def test_a_loss_that_is_not_finite_stops_and_the_last_checkpoint_stays(
+    tiny, tmp_path, monkeypatch
+):
+    calls, forward = [], Network.forward
+
+    def poisoned(self, images, run=None):
+        calls.append(1)
+        outputs = forward(self, images, run)
+        if len(calls) == 4:
+            outputs["segmentation"] = outputs["segmentation"] * math.nan
+        return outputs
+
+    monkeypatch.setattr(Network, "forward", poisoned)
+    message = r"retrain.seed_0 step 3: the loss of segmentation is not finite, architecture i3e1c8"
+    with pytest.raises(RuntimeError, match=message):
+        train(tiny, tmp_path)
+    state = load_checkpoint(tmp_path / "retrain.safetensors")
+    assert state["step"] == 2
+    assert all(torch.isfinite(value).all() for value in state["network"].values())
+
+
+def test_a_gradient_that_is_not_finite_stops_too(tiny, tmp_path, monkeypatch):
+    def losses(tasks, outputs, batch):
+        return {name: (output.sum() * 0).abs().sqrt() for name, output in outputs.items()}
+
+    monkeypatch.setattr("oneshot_ednas.retrain.task_losses", losses)
+    with pytest.raises(RuntimeError, match="retrain.seed_0 step 0: the gradient is not finite"):
+        train(tiny, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["steps", "batch_size", "num_seeds", "calibration_batches"])
+def test_counts_below_one_are_refused(name):
+    with pytest.raises(ValueError, match=f"{name}: expected at least 1, got 0"):
+        RetrainConfig(**(SETTINGS | {name: 0}))
