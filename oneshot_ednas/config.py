@@ -1,13 +1,13 @@
 """The config of a run: the modules' configs together, read strictly from one YAML file."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 
 from oneshot_ednas.data.source import DataConfig
 from oneshot_ednas.ranking import DeriveConfig
 from oneshot_ednas.retrain import RetrainConfig
-from oneshot_ednas.schema import find_file, load_yaml
+from oneshot_ednas.schema import find_file, is_shipped, load_yaml
 from oneshot_ednas.search import SearchConfig
 from oneshot_ednas.tasks import TaskConfig
 
@@ -66,11 +66,36 @@ class ExperimentConfig:
 def load_config(path: Path, overrides: Iterable[str] = ()) -> ExperimentConfig:
     """Read a config, by its path or as shipped under `configs/`.
 
+    Files that lie beside the config or in the working directory are named by absolute paths in
+    the result, so that a run folder can be opened from anywhere; shipped ones keep their names.
+
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: for anything wrong in it, with file and line.
     """
-    return load_yaml(find_file(path), ExperimentConfig, overrides=overrides)
+    path = find_file(path)
+    config = load_yaml(path, ExperimentConfig, overrides=overrides)
+
+    def absolute(name: str | None) -> str | None:
+        return name if name is None else _absolute(name, path.parent)
+
+    is_file = Path(config.space).suffix in (".yaml", ".yml")
+    return replace(
+        config,
+        space=_absolute(config.space, path.parent) if is_file else config.space,
+        latency=replace(config.latency, table=_absolute(config.latency.table, path.parent)),
+        data=replace(
+            config.data,
+            root=absolute(config.data.root),
+            manifest=absolute(config.data.manifest),
+        ),
+    )
+
+
+def _absolute(name: str, folder: Path) -> str:
+    if (folder / name).exists():
+        return str((folder / name).absolute())
+    return str(Path(name).absolute()) if Path(name).exists() and not is_shipped(name) else name
 
 
 def first_difference(one: object, other: object, where: str = "") -> str | None:

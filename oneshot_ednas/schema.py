@@ -37,6 +37,15 @@ def shipped(relative: str | Path) -> Path:
     raise FileNotFoundError(f"{relative} is not shipped with oneshot_ednas ({_PACKAGE})")
 
 
+def is_shipped(relative: str | Path) -> bool:
+    """Whether the package has a file or folder of that name."""
+    try:
+        shipped(relative)
+    except FileNotFoundError:
+        return False
+    return True
+
+
 def find_file(name: str | Path, *, beside: Path | None = None) -> Path:
     """An existing file: as given, beside another file, or shipped with the package.
 
@@ -48,11 +57,8 @@ def find_file(name: str | Path, *, beside: Path | None = None) -> Path:
     for candidate in candidates:
         if candidate.exists():
             return candidate
-    if not path.is_absolute():
-        try:
-            return shipped(path)
-        except FileNotFoundError:
-            pass
+    if not path.is_absolute() and is_shipped(path):
+        return shipped(path)
     tried = ", ".join(str(candidate) for candidate in candidates)
     raise FileNotFoundError(
         f"no file {name} (tried {tried}, and the files shipped with the package)"
@@ -156,13 +162,15 @@ def _apply_override(root: yaml.Node, override: str, source: str) -> None:
         raise ValueError(f"--set {override}: expected key=value, for example search.steps=100")
     value = _compose(text, f"--set {key}") or yaml.ScalarNode("tag:yaml.org,2002:null", "")
     node, parts = root, key.strip().split(".")
+    # Marks of the override, so that a message about its keys does not name a line of the file.
+    marks = value.start_mark, value.end_mark
     for depth, part in enumerate(parts):
         if not isinstance(node, yaml.MappingNode):
             raise ValueError(f"--set {override}: {'.'.join(parts[:depth])} has no keys in {source}")
         last = depth == len(parts) - 1
         match = [i for i, (k, _) in enumerate(node.value) if k.value == part]
         if last:
-            entry = (yaml.ScalarNode("tag:yaml.org,2002:str", part), value)
+            entry = (yaml.ScalarNode("tag:yaml.org,2002:str", part, *marks), value)
             if match:
                 node.value[match[0]] = entry
             else:
@@ -170,8 +178,8 @@ def _apply_override(root: yaml.Node, override: str, source: str) -> None:
         elif match:
             node = node.value[match[0]][1]
         else:
-            child = yaml.MappingNode("tag:yaml.org,2002:map", [], None, None)
-            node.value.append((yaml.ScalarNode("tag:yaml.org,2002:str", part), child))
+            child = yaml.MappingNode("tag:yaml.org,2002:map", [], *marks)
+            node.value.append((yaml.ScalarNode("tag:yaml.org,2002:str", part, *marks), child))
             node = child
 
 

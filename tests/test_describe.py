@@ -19,20 +19,11 @@ BOTH = {"segmentation": 19, "depth": 1}
 SIZE = (256, 256)
 
 
-@pytest.mark.parametrize(
-    ("network", "parameters", "gflops"),
-    [("base", 3.4e6, 1.2), ("ednas_table6", 12.7e6, 6.7)],
-)
-def test_the_papers_networks_have_the_expected_size(network, parameters, gflops):
+def test_the_base_network_has_the_papers_size():
     space = ednas_b0()
-    architecture = (
-        space.base_architecture
-        if network == "base"
-        else Architecture.load(shipped(f"configs/architectures/{network}.json"))
-    )
-    figures = describe_network(space, architecture, out_channels=BOTH, image_size=SIZE)
-    assert round(figures["parameters"] / 1e6, 1) == parameters / 1e6
-    assert round(figures["gflops"], 1) == gflops
+    figures = describe_network(space, space.base_architecture, out_channels=BOTH, image_size=SIZE)
+    assert round(figures["parameters"] / 1e6, 1) == 3.4
+    assert round(figures["gflops"], 1) == 1.2
     assert figures["gflops"] == 2 * figures["gmacs"]
     assert figures["latency_ms"] is None
     assert all(row["latency_ms"] is None for row in figures["rows"])
@@ -49,7 +40,7 @@ def test_two_single_task_networks_take_the_expected_multiply_adds():
     assert round(sum(gflops), 1) == 2.3
 
 
-def test_the_table_s_rows_sum_to_the_network():
+def test_table_6_has_the_expected_size_and_its_rows_sum_to_the_network():
     space = ednas_b0()
     table = LatencyTable.load(shipped("latency_tables/edgetpu_sim_256x256.csv"))
     architecture = Architecture.load(shipped("configs/architectures/ednas_table6.json"))
@@ -57,6 +48,8 @@ def test_the_table_s_rows_sum_to_the_network():
         space, architecture, out_channels=BOTH, image_size=SIZE, table=table
     )
     check_sums(table, space, architecture, figures, BOTH)
+    assert round(figures["parameters"] / 1e6, 1) == 12.7
+    assert round(figures["gflops"], 1) == 6.7
     rows = {row["name"]: row for row in figures["rows"]}
     assert list(rows) == ["stem", *(f"block_{i}" for i in range(1, 17)), "bifpn", "head"]
     assert rows["block_2"].items() >= {
@@ -69,7 +62,7 @@ def test_the_table_s_rows_sum_to_the_network():
     assert min(row["gmacs"] for row in rows.values()) > 0
 
 
-@settings(max_examples=10)
+@settings(max_examples=4)
 @given(st.integers(0, 2**31 - 1), st.sampled_from([0.0, 1e-6]))
 def test_rows_sum_to_the_network_over_random_architectures(small_space, seed, streaming):
     table = toy_table(small_space, cache_bytes=1e3, streaming_ms_per_byte=streaming)

@@ -92,7 +92,7 @@ def test_seeds_change_the_network_and_repeat(tiny, tmp_path):
 
 def test_one_batch_can_be_overfitted(tiny, tmp_path):
     part = tiny.train.subset(range(4))
-    train(tiny, tmp_path, split=part, steps=60, augment=False)
+    train(tiny, tmp_path, split=part, steps=40, augment=False)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     losses = [json.loads(line)["loss/weights"] for line in lines]
     assert losses[-1] < 0.5 * losses[0]
@@ -104,7 +104,7 @@ def test_bn_statistics_are_averages_over_calibration_images(tiny, tmp_path):
     assert len(variances) > 10
     assert not any(torch.equal(variance, torch.ones_like(variance)) for variance in variances)
     stored = load_checkpoint(tmp_path / "retrain.safetensors")["network"]
-    assert all(torch.equal(b, stored[name]) for name, b in network.named_buffers())
+    assert all(torch.equal(value, stored[n]) for n, value in network.state_dict().items())
 
 
 def test_a_checkpoint_of_another_architecture_or_seed_is_refused(tiny, tmp_path):
