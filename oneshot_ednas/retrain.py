@@ -118,9 +118,7 @@ def retrain(
         check_finite(losses, where=f"{stage} step {step}", run=architecture)
         loss = weighted_sum(tasks, losses)
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(
-            network.parameters(), config.optimizer.clip_grad_norm
-        )
+        norm = torch.nn.utils.clip_grad_norm_(network.parameters(), config.optimizer.clip_grad_norm)
         check_gradient(norm, where=f"{stage} step {step}", run=architecture)
         optimizer.step()
         values = {f"loss/{name}": value.detach() for name, value in losses.items()}

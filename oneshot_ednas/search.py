@@ -359,7 +359,9 @@ class OneShotSearch:
         log_ratio = (expected / self.target_ms).log()
         (latency_gradient,) = torch.autograd.grad(self.mu * log_ratio.relu(), self.alpha.logits)
         norms = task_gradient.norm(), latency_gradient.norm()
-        check_gradient(norms[0] + norms[1], where=f"search step {step} (alpha)", run=self.alpha.argmax())
+        check_gradient(
+            norms[0] + norms[1], where=f"search step {step} (alpha)", run=self.alpha.argmax()
+        )
         self.alpha.logits.grad = task_gradient + latency_gradient
         self.alpha_optimizer.step()
         if latency.schedule == "dual":

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oneshot_ednas.data import streets
-from oneshot_ednas.data.streets import CLASSES, MAX_DEPTH_M, SKY, intrinsics, render_frame
+from oneshot_ednas.data.street_scene import CLASSES, SKY
+from oneshot_ednas.data.streets import MAX_DEPTH_M, intrinsics, render_frame
 
 ROAD, BUILDING = CLASSES.index("road"), CLASSES.index("building")
 

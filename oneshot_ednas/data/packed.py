@@ -16,6 +16,7 @@ from oneshot_ednas.data.cache import FrameSource, Progress, default_cache_dir, l
 from oneshot_ednas.data.layouts import read_frame
 from oneshot_ednas.data.manifest import Manifest, load_manifest, split_frames
 from oneshot_ednas.data.order import batch_indices, split_indices
+from oneshot_ednas.data.street_scene import CLASSES
 from oneshot_ednas.schema import to_plain
 
 __all__ = [
@@ -138,7 +139,7 @@ class _Streets:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        return tuple(streets.CLASSES)
+        return tuple(CLASSES)
 
     def identity(self) -> dict[str, object]:
         size = [self.num_frames, self.height, self.width]

@@ -11,195 +11,36 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from oneshot_ednas.data.street_scene import (
+    BALL,
+    BLOCK,
+    BUILDING,
+    CAR,
+    GLASS,
+    ROAD,
+    SIDEWALK,
+    SIGN,
+    SKY,
+    SOLID,
+    TUBE,
+    VEGETATION,
+    Array,
+    Street,
+)
+
 RENDERER_VERSION = 1
 """Part of every seed; raise it when a change alters any frame."""
 SPLITS = ("train", "val", "test")
-CLASSES = (
-    *("road", "sidewalk", "building", "pole", "vegetation"),
-    *("sky", "car", "person", "grass", "sign"),
-)
-ROAD, SIDEWALK, BUILDING, POLE, VEGETATION, SKY, CAR, PERSON, GRASS, SIGN = range(len(CLASSES))
-PALETTE = np.frombuffer(
-    bytes.fromhex("804080 e878dc 5a5a64 bebe96 287828 64aadc 1e28aa dc283c 96e682 f0d214"), np.uint8
-).reshape(-1, 3)
-"""One RGB colour per class, for pictures of label maps."""
 MAX_DEPTH_M = 80.0
 """Farther surfaces keep their label and normal but have depth 0 (invalid)."""
 MIN_SIZE_PX = 16
-_GLASS, _PLAIN = 10, 11  # textures besides the classes' own
-_BLOCK, _BALL, _TUBE = range(3)  # shapes: a block may taper, a tube is an open upright cylinder
-_COLOURS = {  # linear reflectances of the classes that have typical ones; the rest may have any
-    VEGETATION: ((0.05, 0.13, 0.03), (0.09, 0.2, 0.04), (0.2, 0.22, 0.05), (0.35, 0.16, 0.04)),
-    POLE: ((0.25, 0.26, 0.27), (0.05, 0.06, 0.06), (0.05, 0.12, 0.08), (0.22, 0.14, 0.08)),
-    SIGN: ((0.6, 0.04, 0.04), (0.03, 0.1, 0.5), (0.7, 0.5, 0.03), (0.02, 0.3, 0.1), (0.7,) * 3),
-    PERSON: ((0.6, 0.38, 0.27), (0.4, 0.22, 0.13), (0.2, 0.1, 0.06), (0.7, 0.5, 0.4)),
-}
-# A solid fills -1..1 on each axis of its own frame. `half` is half its size in metres; `top` is a
-# block's width and length at its top, relative to its bottom.
-_SOLID = np.dtype(
-    [
-        *(("label", np.int64), ("texture", np.int64), ("shape", np.int64), ("seed", np.int64)),
-        *(("center", float, 3), ("half", float, 3), ("yaw", float)),
-        *(("top", float, 2), ("colour", float, 3)),
-    ]
-)
-_Array = np.ndarray
-_Vector = Sequence[float | int] | _Array  # beartype, which tests use, takes no int for a float
-_Pose = tuple[float, float, float]  # x and z in metres, yaw in radians
-
-
-class _Street:
-    """Draws the solids of one street, and what the ground's texture must know of its layout."""
-
-    def __init__(self, rng: np.random.Generator) -> None:
-        self.rng, self.rows = rng, list[tuple]()
-        self.road_half, self.walk = rng.uniform((4.2, 2.0), (7.0, 4.5))
-        self.lane = self.road_half / round(self.road_half / 3.3)
-        self.cross_near = rng.uniform(12, 45) if rng.random() < 0.5 else 200.0
-        self.cross_far = self.cross_near + rng.uniform(6, 10)
-        self.traffic_side = rng.choice((-1, 1))
-        self._add(GRASS, (0.0, 0.0, 0.0), (1200, 1, 1200), -1.0)
-        paving = rng.uniform(0.12, 0.45) * rng.uniform(0.85, 1.1, 3)
-        for side in (-1, 1):
-            for near, far in ((-20, self.cross_near), (self.cross_far, 250)):
-                pose = (side * (self.road_half + self.walk / 2), (near + far) / 2, 0.0)
-                self._add(SIDEWALK, pose, (self.walk, 0.14, far - near), 0.0, paving)
-            self._buildings(side)
-            self._kerbside(side)
-            self._cars(side)
-        for _ in range(rng.integers(3, 13)):
-            on_walk = self.road_half + rng.uniform(0.4, self.walk)
-            x = on_walk if rng.random() < 0.75 else rng.uniform(0, self.road_half)
-            self._person((x * rng.choice((-1, 1)), rng.uniform(4, 26), rng.uniform(-3, 3)))
-        for x in rng.uniform(-60, 60, rng.integers(3, 9)):  # a skyline, beyond MAX_DEPTH_M
-            self._add(BUILDING, (x, rng.uniform(100, 160), 0.0), rng.uniform((8, 3, 8), 30))
-
-    def _add(
-        self,
-        label: int,
-        pose: _Pose,
-        size: _Vector,
-        bottom: float = 0.0,
-        colour: _Vector | None = None,
-        shape: int = _BLOCK,
-        *,
-        shift: _Vector = (0.0, 0.0),
-        top: _Vector = (1.0, 1.0),
-        texture: int | None = None,
-    ) -> None:
-        """Adds a solid of a size in metres, shifted (right, ahead) in the frame of its pose."""
-        cos, sin, half = math.cos(pose[2]), math.sin(pose[2]), np.array(size) / 2
-        x, z = pose[0] + cos * shift[0] + sin * shift[1], pose[1] + cos * shift[1] - sin * shift[0]
-        colour = self._colour(label) if colour is None else colour
-        look = (label if texture is None else texture, shape, self.rng.integers(1 << 20))
-        place = ((x, -bottom - half[1], z), half, pose[2], top)
-        self.rows.append((label, *look, *place, colour))
-
-    def _colour(self, label: int) -> _Array:
-        if label in _COLOURS:
-            return self.rng.choice(_COLOURS[label]) * self.rng.uniform(0.7, 1.3, 3)
-        tint = 1 - self.rng.uniform(0, 1) ** 2 * self.rng.uniform(0, 1, 3)
-        return self.rng.uniform(0.03, 0.75) * tint
-
-    def _spots(self, start: float, low: float, high: float) -> Iterator[tuple[float, float]]:
-        """Yields the near end and length of places along the street, none on the crossing."""
-        while start < 85:
-            length = self.rng.uniform(low, high)
-            if start > self.cross_far or start + length < self.cross_near:
-                yield start, length
-            start += length
-
-    def _buildings(self, side: int) -> None:
-        rng, setback = self.rng, self.rng.uniform(0, 1) ** 2 * 7
-        tallest, edge = rng.uniform(5, 24), side * (self.road_half + self.walk)
-        for z, length in self._spots(rng.uniform(-9, -3), 6.0, 17.0):
-            pose = (edge + side * (setback + rng.uniform(4.5, 5.3)), z + length / 2, 0.0)
-            if setback > 3 and rng.random() < 0.5:
-                hedge = (0.8, rng.uniform(0.7, 1.7), length * 0.9)
-                self._add(VEGETATION, (edge + side * 0.8, *pose[1:]), hedge)
-            if rng.random() < 0.2:
-                self._tree(pose)
-                continue
-            height, width = rng.uniform(0.45, 1) * tallest, length * rng.choice((0.7, 0.98, 0.98))
-            self._add(BUILDING, pose, (9, height, width))
-            if height < 9:
-                eaves, ridge = (9.8, rng.uniform(1.5, 3.5), width), (0.02, rng.uniform(0.5, 1))
-                self._add(BUILDING, pose, eaves, height, top=ridge)
-            if rng.random() < 0.5:  # a sign that hangs out from the wall, or lies flat on it
-                board = ((0.9, 0.9, 0.12), (0.2, 0.8, width * 0.5))[rng.integers(2)]
-                shift = (-side * (4.5 + board[0] / 2), 0.0)
-                self._add(SIGN, pose, board, rng.uniform(2.6, 3.4), shift=shift)
-
-    def _kerbside(self, side: int) -> None:
-        rng, tree_share = self.rng, self.rng.uniform(0, 0.7)
-        for z, _ in self._spots(rng.uniform(3, 8), 4.0, 10.0):
-            pose = (side * (self.road_half + rng.uniform(0.3, 0.7)), z, rng.normal(0, 0.15))
-            if rng.random() < tree_share:
-                self._tree(pose)
-                continue
-            colour, kind, thick = self._colour(POLE), rng.random(), rng.uniform(0.1, 0.24)
-            height = 1.0 if kind < 0.15 else rng.uniform(2.4, 3.6)  # a bollard or a traffic sign
-            if kind > 0.65:  # a lamp
-                height, reach = rng.uniform(5, 8), rng.uniform(0.8, 2.2)
-                arm, shift = (reach, 0.14, 0.2), (-side * reach / 2, 0.0)
-                self._add(POLE, pose, arm, height, colour, shift=shift)
-            elif kind > 0.15:
-                plate, shape = rng.uniform((0.6, 0.6, 0.08), (1.1, 1.3, 0.08)), int(rng.integers(2))
-                self._add(SIGN, pose, plate, height - plate[1], None, shape, shift=(0, -thick))
-            self._add(POLE, pose, (thick, height, thick), 0.0, colour, _TUBE)
-
-    def _tree(self, pose: _Pose) -> None:
-        rng, leaves = self.rng, self._colour(VEGETATION)
-        trunk, spread = rng.uniform((1.8, 1.3), (3.2, 2.2))
-        wood = (spread / 6, trunk + 0.8, spread / 6)
-        self._add(VEGETATION, pose, wood, 0.0, (0.13, 0.09, 0.06), _TUBE)
-        for level in range(rng.integers(3, 7)):
-            crown, shift = spread * rng.uniform(0.8, 1.5, 3), rng.normal(0, spread / 4, 2)
-            bottom = trunk + level * spread * 0.3
-            self._add(VEGETATION, pose, crown, bottom, leaves, _BALL, shift=shift)
-
-    def _cars(self, side: int) -> None:
-        rng, parked_share = self.rng, self.rng.uniform(0, 0.8)
-        x, heading = side * (self.road_half - 1.05), math.pi * (side != self.traffic_side)
-        for z, _ in self._spots(rng.uniform(3, 8), 5.8, 8.0):
-            if rng.random() < parked_share:
-                self._car((x, z, rng.normal(heading, 0.03)))
-        for z, _ in self._spots(rng.uniform(8, 30), 9.0, 40.0):
-            driving = side * min(self.lane / 2, self.road_half - 3.2)
-            self._car((driving, z, rng.normal(heading, 0.04)))
-
-    def _car(self, pose: _Pose) -> None:
-        rng, paint = self.rng, self._colour(CAR)
-        width, low, length = rng.uniform((1.65, 0.6, 3.7), (1.9, 0.8, 4.7))
-        cabin, ahead, top = length * rng.uniform(0.45, 0.7), -0.2, (0.8, rng.uniform(0.5, 0.8))
-        if rng.random() < 0.15:  # a van: a short cabin and a box behind it
-            cabin, ahead, top = length * 0.33, length * 0.3, (0.9, 0.7)
-            box = (width, rng.uniform(1.5, 2.2), length * 0.65)
-            self._add(CAR, pose, box, 0.4, shift=(0, -length * 0.17))
-        self._add(CAR, pose, (width, low, length), 0.22, paint, top=(0.94, 0.96))
-        roof, shift = (width * 0.92, rng.uniform(0.5, 0.7), cabin), (0.0, ahead)
-        self._add(CAR, pose, roof, 0.22 + low, paint, texture=_GLASS, shift=shift, top=top)
-        for right, front in ((-0.46, -0.3), (0.46, -0.3), (-0.46, 0.31), (0.46, 0.31)):
-            wheel, shift = (0.24, 0.64, 0.64), (right * width, front * length)
-            self._add(CAR, pose, wheel, 0.0, (0.02,) * 3, _BALL, texture=_PLAIN, shift=shift)
-
-    def _person(self, pose: _Pose) -> None:
-        coat, trousers = self._colour(CAR), self._colour(CAR)
-        tall, stride = self.rng.uniform((1.15, 0.0), (1.9, 0.2))
-        for side in (-1, 1):
-            leg, arm = (side * 0.1, side * stride), (side * 0.26, -side * stride)
-            sleeve = (0.14, tall * 0.38, 0.16)
-            self._add(PERSON, pose, (0.17, tall / 2, 0.2), 0.0, trousers, _TUBE, shift=leg)
-            self._add(PERSON, pose, sleeve, tall * 0.44, coat, _BALL, shift=arm)
-        self._add(PERSON, pose, (0.48, tall * 0.46, 0.32), tall * 0.42, coat, _BALL)
-        self._add(PERSON, pose, (0.22, 0.27, 0.24), tall - 0.27, None, _BALL)
 
 
 class _Solids:
     """The solids of a street as arrays; row 0 is the ground."""
 
     def __init__(self, rows: Sequence[tuple]) -> None:
-        self.table = table = np.array(rows, dtype=_SOLID)
+        self.table = table = np.array(rows, dtype=SOLID)
         cos, sin, zero = np.cos(table["yaw"]), np.sin(table["yaw"]), 0 * table["yaw"]
         turn = np.stack((cos, zero, -sin, zero, zero + 1, zero, sin, zero, cos), 1)
         self.turn = turn.reshape(-1, 3, 3)  # world axes to the solid's
@@ -210,18 +51,18 @@ class _Solids:
         self.faces[:, [0, 3, 2, 5], 1] = np.repeat(table["top"] - 1, 2, 1) / 2  # outward normals
         self.reach = 1 + np.where(np.abs(self.faces[:, :, 1]) < 1, self.faces[:, :, 1], 0)
 
-    def hit(self, k: int, origin: _Array, direction: _Array) -> _Array:
+    def hit(self, k: int, origin: Array, direction: Array) -> Array:
         """Distance to solid `k`, in units of `direction`; inf for a miss or a start inside it."""
         start = self.to_local[k] @ (origin - self.table["center"][k][:, None])
         step = self.to_local[k] @ direction
-        if self.table["shape"][k] == _BLOCK:
+        if self.table["shape"][k] == BLOCK:
             speed = self.faces[k] @ step
             speed = np.where(np.abs(speed) < 1e-12, 1e-12, speed)
             reach = (self.reach[k][:, None] - self.faces[k] @ start) / speed
             enter = np.where(speed < 0, reach, -np.inf).max(0)
             found = enter < np.where(speed > 0, reach, np.inf).min(0)
         else:
-            weight = np.array((1.0, self.table["shape"][k] == _BALL, 1.0))
+            weight = np.array((1.0, self.table["shape"][k] == BALL, 1.0))
             a, b = np.maximum(weight @ step**2, 1e-12), weight @ (start * step)
             root = b * b - a * (weight @ start**2 - 1)
             enter = (-b - np.sqrt(np.maximum(root, 0))) / a
@@ -231,20 +72,20 @@ class _Solids:
                 found &= root > a * 0.5 * _noise(7 * x + 5 * z, 9 * y, self.table["seed"][k])
         return np.where(found & (enter > 1e-6), enter, np.inf)
 
-    def surface(self, which: _Array, point: _Array) -> tuple[_Array, ...]:
+    def surface(self, which: Array, point: Array) -> tuple[Array, ...]:
         """Position (-1..1) and unit normal in the solids' frames; unit normal in the world."""
         half, shape = self.table["half"][which].T, self.table["shape"][which]
         local = point - self.table["center"][which].T
         local = np.einsum("nij,jn->in", self.to_local[which], local)
         depth = np.einsum("nfj,jn->fn", self.faces[which], local) - self.reach[which].T
-        normal = np.where(shape == _BLOCK, self.faces[which, depth.argmax(0)].T, local)
-        normal[1, shape == _TUBE] = 0
+        normal = np.where(shape == BLOCK, self.faces[which, depth.argmax(0)].T, local)
+        normal[1, shape == TUBE] = 0
         normal /= half
         normal /= np.sqrt((normal**2).sum(0))
         return local, normal, np.einsum("nji,jn->in", self.turn[which], normal)
 
 
-def _candidates(spot: _Array, low: _Array, high: _Array) -> Iterator[tuple[int, _Array]]:
+def _candidates(spot: Array, low: Array, high: Array) -> Iterator[tuple[int, Array]]:
     """Yields each solid and the spots [2, n] that lie in its bounds (low, high [solids, 2])."""
     order = np.argsort(spot[0])
     first, last = (np.searchsorted(spot[0, order], edge[:, 0]) for edge in (low, high))
@@ -255,7 +96,7 @@ def _candidates(spot: _Array, low: _Array, high: _Array) -> Iterator[tuple[int, 
             yield k, near
 
 
-def _first_hits(solids: _Solids, eye: _Array, turn: _Array, sight: _Array) -> tuple[_Array, _Array]:
+def _first_hits(solids: _Solids, eye: Array, turn: Array, sight: Array) -> tuple[Array, Array]:
     """The z-depth (inf for none) and the index of the first solid on each ray (0 for none)."""
     depth, which = np.full(sight.shape[1], np.inf), np.zeros(sight.shape[1], int)
     corners, rays = (solids.corners - eye) @ turn, turn @ sight
@@ -268,7 +109,7 @@ def _first_hits(solids: _Solids, eye: _Array, turn: _Array, sight: _Array) -> tu
     return depth, which
 
 
-def _sunlit(solids: _Solids, points: _Array, sun: _Array) -> _Array:
+def _sunlit(solids: _Solids, points: Array, sun: Array) -> Array:
     """Whether no solid stands between each point and the sun."""
     across = np.cross(sun, (0.0, 0.0, 1.0))
     plane = np.stack((across, np.cross(sun, across)))
@@ -279,7 +120,7 @@ def _sunlit(solids: _Solids, points: _Array, sun: _Array) -> _Array:
     return lit
 
 
-def _hash(x: _Array, y: _Array, seed: _Array | np.int64 | int) -> _Array:
+def _hash(x: Array, y: Array, seed: Array | np.int64 | int) -> Array:
     """A value in 0..1 for each pair of whole numbers, from integer arithmetic."""
     key = (
         np.asarray(x, np.int64) * 0x9E3779B1
@@ -292,7 +133,7 @@ def _hash(x: _Array, y: _Array, seed: _Array | np.int64 | int) -> _Array:
     return ((key >> 7) & 0xFFFF) / 65535
 
 
-def _noise(x: _Array, y: _Array, seed: _Array | np.int64 | int) -> _Array:
+def _noise(x: Array, y: Array, seed: Array | np.int64 | int) -> Array:
     """Smooth random values in 0..1 with a unit lattice."""
     left, top = np.floor(x), np.floor(y)
     s, t = (part * part * (3 - 2 * part) for part in (x - left, y - top))
@@ -301,7 +142,7 @@ def _noise(x: _Array, y: _Array, seed: _Array | np.int64 | int) -> _Array:
     return upper * (1 - t) + lower * t
 
 
-def _reflectance(table: _Array, local: _Array, facing: _Array) -> _Array:
+def _reflectance(table: Array, local: Array, facing: Array) -> Array:
     """Textured colours where `local` and `facing` are position and normal on each table row."""
     seed, texture, half = table["seed"], table["texture"], table["half"].T
     flat, sideways = np.abs(facing[1]) > 0.75, np.abs(facing[0]) > np.abs(facing[2])
@@ -326,12 +167,12 @@ def _reflectance(table: _Array, local: _Array, facing: _Array) -> _Array:
     column, floor = u / (1.5 + 2 * pitch), (half[1] - v) / (2.6 + storey)
     window = (texture == BUILDING) & (np.abs(column % 1 - 0.5) < 0.15 + 0.25 * wide)
     window &= np.abs(floor % 1 - 0.55) < 0.15 + 0.22 * tall
-    pane = window | ((texture == _GLASS) & (np.abs(across) < 0.86))
+    pane = window | ((texture == GLASS) & (np.abs(across) < 0.86))
     blind = 0.5 + 9 * (shine * _hash(np.floor(column), np.floor(floor), seed)) ** 3
     return np.where(pane & ~flat, np.array([[0.05], [0.06], [0.08]]) * blind, colour)
 
 
-def _ground(street: _Street, x: _Array, z: _Array) -> tuple[_Array, _Array]:
+def _ground(street: Street, x: Array, z: Array) -> tuple[Array, Array]:
     """Whether points of the ground are road, and their colours."""
     rng, beyond = street.rng, z - street.cross_near
     fine, coarse = _noise(x * 12, z * 12, 1), _noise(x * 0.4, z * 0.15, 2)
@@ -352,12 +193,12 @@ def _ground(street: _Street, x: _Array, z: _Array) -> tuple[_Array, _Array]:
 def _light(
     rng: np.random.Generator,
     solids: _Solids,
-    colour: _Array,
-    point: _Array,
-    normal: _Array,
-    depth: _Array,
-    skyward: _Array,
-) -> tuple[_Array, _Array]:
+    colour: Array,
+    point: Array,
+    normal: Array,
+    depth: Array,
+    skyward: Array,
+) -> tuple[Array, Array]:
     """Light from surfaces, under a sun and sky drawn here, and from the sky in some directions."""
     cloudy = rng.uniform(0, 1) ** 2 if rng.random() < 0.6 else rng.uniform(0.8, 1)
     elevation = rng.uniform(0.3, 1.2) * (1 - cloudy) + 1.5 * cloudy  # grey light falls from above
@@ -390,7 +231,7 @@ def intrinsics(height: int, width: int) -> tuple[float, float, float]:
 
 def render_frame(
     index: int, *, height: int = 64, width: int = 128, split: str = "train"
-) -> dict[str, _Array]:
+) -> dict[str, Array]:
     """One street as an image with exact ground truth, the same at every call.
 
     Args:
@@ -416,7 +257,7 @@ def render_frame(
         raise ValueError(f"expected at least {MIN_SIZE_PX} rows and columns, got {height}x{width}")
     seed = np.random.SeedSequence((RENDERER_VERSION, SPLITS.index(split), index))
     rng = np.random.Generator(np.random.PCG64(seed))
-    street = _Street(rng)
+    street = Street(rng)
     solids = _Solids(street.rows)
     aside = street.traffic_side * rng.uniform(0, min(1.6, street.road_half - 2.6))
     eye = np.array((aside, -rng.uniform(1.2, 2.3), 0.0))

@@ -5,8 +5,6 @@ gives each task a raw map at a coarse stride; a `Task` resizes it (bilinearly) t
 decodes it, leaves out invalid pixels, and hands it to the loss or the metrics.
 """
 
-import colorsys
-import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,7 +16,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from oneshot_ednas.schema import nearest
-from oneshot_ednas.tasks import losses, metrics
+from oneshot_ednas.tasks import losses, metrics, pictures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -363,53 +361,6 @@ def _channels_last(values: np.ndarray, task: Task) -> np.ndarray:
     )
 
 
-@functools.cache
-def _palette(num_classes: int) -> np.ndarray:
-    # Steps of the golden ratio spread any number of hues evenly; brightness tells neighbours apart.
-    colours = [
-        colorsys.hsv_to_rgb(i * 0.618034 % 1, (0.9, 0.55)[i // 2 % 2], (1.0, 0.75, 0.5)[i % 3])
-        for i in range(num_classes)
-    ]
-    palette = np.zeros((losses.INVALID_LABEL + 1, 3), dtype=np.uint8)
-    palette[:num_classes] = np.rint(np.array(colours) * 255)
-    return palette
-
-
-def _segmentation_picture(labels: np.ndarray, config: TaskConfig) -> np.ndarray:
-    metrics.check_labels(labels, _num_classes(config), "picture")
-    return _palette(_num_classes(config))[labels]
-
-
-def _depth_picture(depth_m: np.ndarray, config: TaskConfig) -> np.ndarray:
-    """Near is bright, far is dark, on a log scale from the nearest to the farthest pixel.
-
-    Source:
-        Green, A colour scheme for the display of astronomical intensity images, 2011 (cubehelix)
-    """
-    del config
-    valid = np.isfinite(depth_m) & (depth_m > 0)
-    if not valid.any():
-        return np.zeros((*depth_m.shape, 3), dtype=np.uint8)
-    log_depth = np.log(np.where(valid, depth_m, depth_m[valid].max()).astype(np.float64))
-    low, high = log_depth.min(), log_depth.max()
-    # From 0.95 down to 0.2, so that the farthest pixel is not as black as an invalid one.
-    light = 0.95 - 0.75 * (log_depth - low) / max(high - low, 1e-12)
-    angle = 2 * np.pi * (0.5 / 3 + 1 - 1.5 * light)
-    swing = light * (1 - light) / 2
-    hue = np.stack([np.cos(angle), np.sin(angle)], axis=-1)
-    mix = np.array([[-0.14861, 1.78277], [-0.29227, -0.90649], [1.97294, 0.0]])
-    colour = light[..., None] + swing[..., None] * (hue @ mix.T)
-    return np.where(valid[..., None], np.rint(colour.clip(0, 1) * 255), 0).astype(np.uint8)
-
-
-def _normals_picture(normals: np.ndarray, config: TaskConfig) -> np.ndarray:
-    del config
-    vectors = normals.astype(np.float64)
-    valid = (np.isfinite(vectors).all(axis=-1) & (vectors != 0).any(axis=-1))[..., None]
-    colour = np.rint((np.where(valid, vectors, 0).clip(-1, 1) + 1) * 127.5)
-    return np.where(valid, colour, 0).astype(np.uint8)
-
-
 TASK_KINDS: dict[str, TaskKind] = {
     "segmentation": TaskKind(
         metric_names=metrics.SEGMENTATION_METRICS,
@@ -421,7 +372,7 @@ TASK_KINDS: dict[str, TaskKind] = {
         loss=lambda logits, target, config: losses.cross_entropy(logits, target),
         distillation_loss=losses.soft_cross_entropy,
         new_metrics=lambda config: metrics.segmentation_metrics(_num_classes(config)),
-        picture=_segmentation_picture,
+        picture=lambda labels, config: pictures.segmentation_picture(labels, _num_classes(config)),
         has_classes=True,
     ),
     "depth": TaskKind(
@@ -434,7 +385,7 @@ TASK_KINDS: dict[str, TaskKind] = {
         loss=_depth_loss,
         distillation_loss=F.l1_loss,
         new_metrics=lambda config: metrics.depth_metrics(),
-        picture=_depth_picture,
+        picture=lambda depth_m, config: pictures.depth_picture(depth_m),
         is_metric_depth=True,
     ),
     "normals": TaskKind(
@@ -449,7 +400,7 @@ TASK_KINDS: dict[str, TaskKind] = {
         ),
         distillation_loss=_normals_distillation,
         new_metrics=lambda config: metrics.normals_metrics(),
-        picture=_normals_picture,
+        picture=lambda normals, config: pictures.normals_picture(normals),
     ),
 }
 
