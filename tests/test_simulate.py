@@ -1,6 +1,5 @@
 """Simulated latency tables: the shipped ones come out again, and cover their spaces."""
 
-import dataclasses
 import datetime
 import math
 
@@ -89,17 +88,14 @@ def test_hosts_change_what_a_network_pays_once():
     }
     per_byte = {host: header.input_ms_per_byte for host, header in headers.items()}
     assert per_byte["usb2-raspberry-pi"] > per_byte["usb3-desktop"]
-    assert len({dataclasses.replace(header, host="") for header in map(hashable, headers.values())})
-
-
-def hashable(header):
-    return dataclasses.replace(header, out_channels=())
+    assert len({header.fixed_ms for header in headers.values()}) > 1
+    assert {host: header.host for host, header in headers.items()} == {h: h for h in headers}
 
 
 def test_an_unknown_host_or_clock_is_refused():
-    with pytest.raises(ValueError, match="toaster"):
+    with pytest.raises(ValueError, match="unknown Edge TPU host 'toaster'"):
         simulate_table(ednas_tiny(), (64, 128), CHANNELS, host="toaster")
-    with pytest.raises(ValueError, match="750"):
+    with pytest.raises(ValueError, match="500 or 250 MHz, got 750"):
         simulate_table(ednas_tiny(), (64, 128), CHANNELS, clock_mhz=750)
 
 

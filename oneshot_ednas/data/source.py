@@ -125,6 +125,10 @@ def _check_tasks(split: PackedSplit, tasks: Mapping[str, Task]) -> None:
         if name not in split.arrays:
             known = ", ".join(key for key in split.arrays if key != "image")
             raise ValueError(f"task {name} has no targets in {split.name}; it has {known}")
+        if task.kind != name:
+            raise ValueError(
+                f"task {name} is of kind {task.kind}; the targets {name} are of kind {name}"
+            )
         count = len(split.class_names)
         if task.config.num_classes is not None and task.config.num_classes != count:
             raise ValueError(
