@@ -151,6 +151,7 @@ def demo(out: Path, resume: bool, as_json: bool) -> None:
 @data_option
 @set_option
 @resume_option
+@json_option
 @bad_input
 def search(
     config_or_run: str,
@@ -158,6 +159,7 @@ def search(
     data: Path | None,
     overrides: tuple[str, ...],
     resume: bool,
+    as_json: bool,
 ) -> None:
     """Train the supernet and its architecture parameters.
 
@@ -170,6 +172,7 @@ def search(
     else:
         one = _start(config_or_run, out, data, overrides, resume=resume)
     one.search()
+    _print_stage(one, "search", as_json=as_json)
 
 
 def _stage(name: str, help_text: str) -> None:
@@ -184,8 +187,8 @@ def _stage(name: str, help_text: str) -> None:
         if name == "evaluate":
             one.report()
             _print_results(_results(run_folder), run_folder, as_json=as_json)
-        elif as_json:
-            print(json.dumps({"run": str(run_folder), "stage": name}))
+        else:
+            _print_stage(one, name, as_json=as_json)
 
 
 _stage("derive", "Find the best architecture inside the latency target, exactly.")
@@ -222,6 +225,36 @@ def _with_data(config: Any, data: Path | None) -> Any:
     if data is None:
         return config
     return replace(config, data=replace(config.data, root=str(data.resolve())))
+
+
+def _print_stage(one: Any, name: str, *, as_json: bool) -> None:
+    """What a stage before the evaluation has come to."""
+    figures: dict[str, Any] = {"run": str(one.files.folder), "stage": name}
+    figures |= {"target_ms": one.target_ms}
+    if name == "search":
+        figures |= {
+            "steps": one.one_shot.step,
+            "expected_latency_ms": float(one.one_shot.expected_latency().detach()),
+            "alarms": one.one_shot.alarms(),
+        }
+    elif name == "derive":
+        found = read_json(one.files.candidates)["candidates"]
+        chosen = {key: found[0][key] for key in ("latency_ms", "reward", "metrics")}
+        figures |= {"architecture": str(one.architecture()), **chosen, "candidates": len(found)}
+    else:
+        names = [path.stem for path in sorted(one.files.checkpoint("x").parent.glob("*.[0-9]*"))]
+        figures |= {"networks": names}
+    figures |= {"seconds": one.seconds}
+    if as_json:
+        print(json.dumps(figures))
+        return
+    table = Table(show_header=False)
+    for key, value in figures.items():
+        items = value.items() if isinstance(value, dict) else [("", value)]
+        for part, item in items:
+            shown = f"{item:.5g}" if isinstance(item, float) else str(item)
+            table.add_row(f"{key} {part}".strip(), shown)
+    _console().print(table)
 
 
 def _results(folder: Path) -> Any:

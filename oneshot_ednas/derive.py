@@ -88,7 +88,12 @@ def pareto_front(
         num_budgets: exact answers for this many budgets, evenly spaced from the least latency to
             that of the most probable architecture; None for the whole front.
         out_channels: output channels per task; the table's where not given.
+
+    Raises:
+        ValueError: if `num_budgets` is not positive.
     """
+    if num_budgets is not None and num_budgets < 1:
+        raise ValueError(f"num_budgets: expected at least 1, got {num_budgets}")
     costs = table.costs(space, out_channels)
     search = BudgetSearch(alpha, costs)
     found = search.best(math.inf, 1)

@@ -137,6 +137,13 @@ class Run:
                 f"search.batch_size is {config.search.batch_size}, the smaller of the weight and "
                 f"alpha splits has {smallest} frames; lower it or use more frames"
             )
+        if config.retrain.batch_size > len(self.train):
+            raise ValueError(
+                f"retrain.batch_size is {config.retrain.batch_size}, the training split has "
+                f"{len(self.train)} frames; lower it or use more frames"
+            )
+        for name in config.baselines:
+            self.baseline(name)  # drawn again when needed; refused before anything is trained
         self.indices = indices
 
     # Folder ---------------------------------------------------------------------------------

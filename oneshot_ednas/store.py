@@ -68,11 +68,8 @@ def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
     }
     data = save_tensors(tensors, metadata=header)
     if path.exists():
-        previous = previous_checkpoint(path)
-        temporary = previous.with_name(f".{previous.name}")
-        temporary.unlink(missing_ok=True)
-        os.link(path, temporary)  # never a moment without a whole checkpoint under its name
-        os.replace(temporary, previous)
+        # A copy: at no moment is there no whole checkpoint under its own name.
+        write_bytes(previous_checkpoint(path), path.read_bytes())
     write_bytes(path, data)
 
 

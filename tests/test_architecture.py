@@ -137,7 +137,7 @@ def test_bad_json_is_refused_with_its_place(data, message):
 
 def test_bad_files_are_refused_by_name(tmp_path):
     path: Path = tmp_path / "a.json"
-    with pytest.raises(FileNotFoundError, match=r"no architecture file .*a\.json"):
+    with pytest.raises(FileNotFoundError, match=r"no file .*a\.json"):
         Architecture.load(path)
     path.write_text('{"blocks": [')
     with pytest.raises(ValueError, match=r"a\.json: not valid JSON"):

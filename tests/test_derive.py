@@ -221,6 +221,9 @@ def test_a_front_of_few_budgets_is_part_of_the_whole(streaming):
         assert few[-1].architecture == alpha.argmax()
         assert few[0].latency_ms == table.costs(SMALL).min_latency_ms
         assert len(few) <= num_budgets + 1
+        for faster, slower in pairwise(few):
+            assert faster.latency_ms < slower.latency_ms
+            assert faster.log_probability < slower.log_probability
 
 
 def test_the_front_of_zero_alpha_is_the_fastest_alone():

@@ -1,6 +1,7 @@
 """Simulated latency tables: the shipped ones come out again, and cover their spaces."""
 
 import datetime
+import functools
 import math
 
 import numpy as np
@@ -13,9 +14,10 @@ from oneshot_ednas.latency.operations import OPERATION_KINDS, Operation, network
 from oneshot_ednas.latency.simulate import operation_layers, simulate_table
 from oneshot_ednas.latency.table import LatencyTable
 from oneshot_ednas.schema import shipped
-from oneshot_ednas.space import ednas_tiny, named_space
+from oneshot_ednas.space import named_space
 
 TABLES = sorted(shipped("latency_tables").glob("*.csv"))
+loaded = functools.cache(LatencyTable.load)
 CHANNELS = {"segmentation": 10, "depth": 1, "normals": 3}
 
 
@@ -48,7 +50,7 @@ def test_every_shipped_table_was_found():
     assert {LatencyTable.load(path).header.space for path in TABLES} == {"ednas_b0", "ednas_tiny"}
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(
     st.sampled_from(range(len(TABLES))),
     st.integers(0, 2**31 - 1),
@@ -56,7 +58,7 @@ def test_every_shipped_table_was_found():
     st.booleans(),
 )
 def test_a_shipped_table_prices_every_network_of_its_space(which, seed, classes, with_normals):
-    table = LatencyTable.load(TABLES[which])
+    table = loaded(TABLES[which])
     space = named_space(table.header.space)
     architecture = space.sample(np.random.default_rng(seed))
     channels = {"segmentation": classes} | ({"normals": 3} if with_normals else {})
@@ -67,8 +69,8 @@ def test_a_shipped_table_prices_every_network_of_its_space(which, seed, classes,
     assert 0 < total < 100
 
 
-def test_a_slower_clock_makes_every_operation_slower():
-    space = ednas_tiny()
+def test_a_slower_clock_makes_every_operation_slower(small_space):
+    space = small_space
     fast, slow = (
         simulate_table(space, (64, 128), CHANNELS, clock_mhz=clock) for clock in (500, 250)
     )
@@ -80,10 +82,9 @@ def test_a_slower_clock_makes_every_operation_slower():
     assert fast.header.date == datetime.date.today().isoformat()
 
 
-def test_hosts_change_what_a_network_pays_once():
-    space = ednas_tiny()
+def test_hosts_change_what_a_network_pays_once(small_space):
     headers = {
-        host: simulate_table(space, (32, 32), CHANNELS, host=host).header
+        host: simulate_table(small_space, (32, 32), CHANNELS, host=host).header
         for host in ("usb3-desktop", "usb2-raspberry-pi", "pcie-devboard")
     }
     per_byte = {host: header.input_ms_per_byte for host, header in headers.items()}
@@ -92,11 +93,11 @@ def test_hosts_change_what_a_network_pays_once():
     assert {host: header.host for host, header in headers.items()} == {h: h for h in headers}
 
 
-def test_an_unknown_host_or_clock_is_refused():
+def test_an_unknown_host_or_clock_is_refused(small_space):
     with pytest.raises(ValueError, match="unknown Edge TPU host 'toaster'"):
-        simulate_table(ednas_tiny(), (64, 128), CHANNELS, host="toaster")
+        simulate_table(small_space, (64, 128), CHANNELS, host="toaster")
     with pytest.raises(ValueError, match="500 or 250 MHz, got 750"):
-        simulate_table(ednas_tiny(), (64, 128), CHANNELS, clock_mhz=750)
+        simulate_table(small_space, (64, 128), CHANNELS, clock_mhz=750)
 
 
 def operation(op="ibn", **changes) -> Operation:

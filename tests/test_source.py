@@ -72,19 +72,14 @@ def test_a_folder_is_read_as_its_manifest_says(rooms):
     assert 0.5 <= train.arrays["depth"].min() <= train.arrays["depth"].max() <= 9.0
 
 
-def test_the_root_of_the_command_line_comes_first(rooms):
-    train, _ = load_data(folder_config(root="/nowhere"), tasks(), root=rooms)
-    assert len(train) == 4
-
-
 def test_the_folder_s_manifest_comes_before_the_config_s(rooms, tmp_path):
     other = tmp_path / "other.yaml"
     other.write_text(MANIFEST.replace("rooms", "halls").replace("0.001", "0.002"))
-    train, _ = load_data(folder_config(manifest=str(other)), tasks(), root=rooms)
+    train, _ = load_data(folder_config(root=str(rooms), manifest=str(other)), tasks())
     assert train.name == "rooms-train"
     bare = write_rooms(tmp_path / "bare")
     (bare / "dataset.yaml").unlink()
-    train, _ = load_data(folder_config(manifest=str(other)), tasks(), root=bare)
+    train, _ = load_data(folder_config(root=str(bare), manifest=str(other)), tasks())
     assert train.name == "halls-train"
     assert train.arrays["depth"].max() > 9.0
 
@@ -114,26 +109,20 @@ def test_a_data_folder_that_is_not_named_or_not_there_is_refused(tmp_path):
     with pytest.raises(ValueError, match="this config reads a data folder: name it with --data"):
         load_data(folder_config(), tasks())
     with pytest.raises(FileNotFoundError, match="no data folder .*/nowhere"):
-        load_data(folder_config(), tasks(), root=tmp_path / "nowhere")
+        load_data(folder_config(root=str(tmp_path / "nowhere")), tasks())
     with pytest.raises(ValueError, match="no manifest .*dataset.yaml; write one"):
-        load_data(folder_config(), tasks(), root=tmp_path)
+        load_data(folder_config(root=str(tmp_path)), tasks())
     with pytest.raises(FileNotFoundError, match="no file else.yaml"):
-        load_data(folder_config(manifest="else.yaml"), tasks(), root=tmp_path)
-
-
-def test_data_for_rendered_streets_is_refused(tmp_path):
-    config = DataConfig(height=32, width=32, train_frames=2, test_frames=2)
-    with pytest.raises(ValueError, match="--data is for source folder; this config renders"):
-        load_data(config, tasks(), root=tmp_path)
+        load_data(folder_config(root=str(tmp_path), manifest="else.yaml"), tasks())
 
 
 def test_tasks_must_match_the_data(rooms):
     with pytest.raises(ValueError, match="rooms has no task normals; known: depth, segmentation"):
-        load_data(folder_config(), tasks(normals=TaskConfig(kind="normals")), root=rooms)
+        load_data(folder_config(root=str(rooms)), tasks(normals=TaskConfig(kind="normals")))
     ten = TaskConfig(kind="segmentation", num_classes=10)
     message = "task segmentation: num_classes is 10, rooms-train has 3 classes"
     with pytest.raises(ValueError, match=message):
-        load_data(folder_config(), tasks(segmentation=ten), root=rooms)
+        load_data(folder_config(root=str(rooms)), tasks(segmentation=ten))
     streets = DataConfig(height=32, width=32, train_frames=32, test_frames=6, workers=1)
     with pytest.raises(ValueError, match="task seg has no targets in streets-train; it has "):
         load_data(streets, tasks(seg=SEGMENTATION))

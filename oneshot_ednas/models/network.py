@@ -139,11 +139,9 @@ def recalibrate_bn(
     network.train()
     count = 0
     with _momentum_of(layers):
-        for layer in layers:
-            layer.running_mean.zero_()
-            layer.running_var.fill_(1)
         for count, images in enumerate(batches, start=1):
             for layer in layers:
+                # The first batch replaces what was there; the n-th enters with weight 1/n.
                 layer.momentum = 1 / count
             network(images, architecture)
     network.train(was_training)

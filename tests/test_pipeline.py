@@ -1,0 +1,273 @@
+"""Runs: what a run folder holds, interruption and resumption, and what is refused before it."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+
+import pytest
+import torch
+from tiny import new_run, tiny_table
+
+from oneshot_ednas.architecture import Architecture
+from oneshot_ednas.config import ExperimentConfig, load_config
+from oneshot_ednas.latency.table import LatencyTable
+from oneshot_ednas.pipeline import RunFiles, run_all
+from oneshot_ednas.schema import load_yaml, read_json
+from oneshot_ednas.space import SearchSpace
+from oneshot_ednas.store import load_checkpoint
+from oneshot_ednas.training import Interrupted, StageLog
+
+STAGES = ["search", "retrain.seed_0", "retrain.seed_1", "baseline.base", "baseline.random"]
+TIMED = ["search", "derive", *STAGES[1:], "evaluate"]
+
+
+def figures(results: dict) -> dict:
+    """Results without what differs from run to run."""
+    return {key: value for key, value in results.items() if key not in ("seconds", "date")}
+
+
+def same_checkpoints(one, other) -> bool:
+    for stage in STAGES:
+        a, b = (
+            load_checkpoint(RunFiles(folder).checkpoint(stage)) for folder in (one, other)
+        )
+        key = "supernet" if stage == "search" else "network"
+        if not all(torch.equal(value, b[key][name]) for name, value in a[key].items()):
+            return False
+    return True
+
+
+# What a run leaves --------------------------------------------------------------------------
+
+
+def test_a_run_folder_holds_everything(finished_run):
+    names = {path.name for path in finished_run.iterdir()}
+    assert names >= {
+        "config.yaml",
+        "space.yaml",
+        "architecture.json",
+        "results.json",
+        "metrics.jsonl",
+        "tensorboard",
+        "checkpoints",
+        "report.html",
+        "splits.json",
+        "candidates.json",
+    }
+    for stage in STAGES:
+        assert RunFiles(finished_run).checkpoint(stage).is_file()
+    # Validation metrics may have a stage of their own.
+    assert {path.name for path in (finished_run / "tensorboard").iterdir()} >= set(STAGES)
+    lines = [json.loads(line) for line in (finished_run / "metrics.jsonl").read_text().splitlines()]
+    for stage, steps in dict.fromkeys(STAGES, 5).items() | {("search", 6)}:
+        if (stage, steps) == ("search", 5):
+            continue
+        logged = [x["step"] for x in lines if x["stage"] == stage and "loss/weights" in x]
+        assert logged == list(range(steps)), stage
+    assert "<html" in (finished_run / "report.html").read_text()
+    assert not [path for path in finished_run.rglob(".*")], "a temporary file was left"
+
+
+def test_a_run_folder_reads_back_what_the_run_was_given(finished_run, project):
+    config = load_yaml(finished_run / "config.yaml", ExperimentConfig)
+    assert config == load_config(project / "config.yaml")
+    assert SearchSpace.load(finished_run / "space.yaml") == SearchSpace.load(project / "space.yaml")
+    splits = read_json(finished_run / "splits.json")
+    assert {name: len(part) for name, part in splits.items()} == {
+        "weights": 19,
+        "alpha": 8,
+        "validation": 5,
+    }
+    assert len(set(sum(splits.values(), []))) == 32
+
+
+def test_results_hold_the_named_figures(finished_run, tiny):
+    results = read_json(finished_run / "results.json")
+    architecture = Architecture.load(finished_run / "architecture.json")
+    assert results["target_ms"] == 5.0
+    assert results["latency_ms"] <= 5.0
+    assert results["is_inside_target"] is True
+    channels = {"segmentation": 10, "depth": 1}
+    # Through the CSV, which rounds to six digits.
+    assert results["latency_ms"] == pytest.approx(
+        tiny.table.latency_ms(tiny.space, architecture, channels), rel=1e-5
+    )
+    assert results["architecture"] == str(architecture)
+    assert set(results["metrics"]) == {"segmentation", "depth"}
+    assert {"miou", "pixel_accuracy"} <= set(results["metrics"]["segmentation"])
+    assert {"absolute_error", "relative_error"} <= set(results["metrics"]["depth"])
+    assert results["seed"] == 3
+    assert {"torch", "python", "oneshot_ednas", "numpy", "device"} <= set(results["versions"])
+    assert set(results["seconds"]) >= set(TIMED)
+    assert min(results["seconds"].values()) >= 0
+    assert {"reward", "metrics", "expected_latency_ms", "alarms"} <= set(results["supernet"])
+    assert results["num_frames"] == {"train": 32, "test": 6}
+    assert len(results["reward_per_seed"]) == 2
+    assert results["reward"] == pytest.approx(sum(results["reward_per_seed"]) / 2)
+    assert results["metrics_std"]["depth"]["absolute_error"] > 0
+    base, random = results["baselines"]["base"], results["baselines"]["random"]
+    assert base["architecture"] == str(tiny.space.base_architecture)
+    assert base["latency_ms"] > 5.0
+    assert base["is_inside_target"] is False
+    assert random["latency_ms"] <= 5.0
+    for row in (results, base, random):
+        assert row["parameters"] > 1000
+        assert row["gmacs"] > 0
+
+
+def test_candidates_are_ranked_inside_the_target(finished_run):
+    found = read_json(finished_run / "candidates.json")
+    candidates = found["candidates"]
+    assert len(candidates) == 2
+    assert all(candidate["latency_ms"] <= 5.0 for candidate in candidates)
+    assert candidates[0]["reward"] >= candidates[1]["reward"]
+    chosen = Architecture.load(finished_run / "architecture.json")
+    assert candidates[0]["architecture"] == chosen.to_json()
+    for options in found["probabilities"].values():
+        assert sum(options.values()) == pytest.approx(1)
+    latencies = [point["latency_ms"] for point in found["pareto_front"]]
+    assert latencies == sorted(latencies)
+
+
+# Interruption -------------------------------------------------------------------------------
+
+
+def test_a_run_interrupted_in_every_stage_ends_as_the_uninterrupted_one(
+    project, finished_run, tmp_path, monkeypatch, capsys
+):
+    stops = [("search", 0), ("search", 3), *((stage, 2) for stage in STAGES[1:])]
+    scalars = StageLog.scalars
+
+    def interrupting(self, step, values):
+        if stops and (self.stage, step) == stops[0] and "loss/weights" in values:
+            os.kill(os.getpid(), signal.SIGINT)
+        scalars(self, step, values)
+
+    monkeypatch.setattr(StageLog, "scalars", interrupting)
+    monkeypatch.setattr("oneshot_ednas.pipeline.write_report", lambda *_, **__: tmp_path)
+    out = tmp_path / "run"
+    while stops:
+        stage, step = stops[0]
+        with pytest.raises(Interrupted, match=f"stopped after step {step + 1} of . in {stage}"):
+            run_all(new_run(project, out, resume=True))
+        assert not (out / "results.json").exists()
+        stops.pop(0)
+    results = run_all(new_run(project, out, resume=True))
+    assert figures(results) == figures(read_json(finished_run / "results.json"))
+    assert same_checkpoints(out, finished_run)
+    logs = [(folder / "metrics.jsonl").read_text() for folder in (out, finished_run)]
+    assert logs[0] == logs[1]
+    assert capsys.readouterr().out == ""
+
+
+def test_a_crash_while_deriving_leaves_the_stage_to_be_done_again(
+    project, finished_run, tmp_path, monkeypatch
+):
+    out = tmp_path / "run"
+    shutil.copytree(finished_run, out)
+    for name in ("architecture.json", "candidates.json", "results.json"):
+        (out / name).unlink()
+    monkeypatch.setattr("oneshot_ednas.pipeline.write_report", lambda *_, **__: tmp_path)
+    run = new_run(project, out, resume=True)
+    with monkeypatch.context() as patch:
+        patch.setattr("oneshot_ednas.pipeline.pareto_front", None)
+        with pytest.raises(TypeError):
+            run_all(run)
+    assert not (out / "architecture.json").exists()
+    results = run_all(new_run(project, out, resume=True))
+    assert figures(results) == figures(read_json(finished_run / "results.json"))
+
+
+def test_stages_out_of_order_are_refused_with_the_command_to_run(project, finished_run, tmp_path):
+    run = new_run(project, tmp_path / "run")
+    with pytest.raises(ValueError, match="the search is at step 0 of 6; finish it with oneshot-ed"):
+        run.derive()
+    for stage in (run.retrain, run.evaluate, run.report):
+        with pytest.raises(ValueError, match="no derived architecture yet; run oneshot-ednas deri"):
+            stage()
+    out = tmp_path / "copy"
+    shutil.copytree(finished_run, out)
+    RunFiles(out).checkpoint("retrain.seed_1").unlink()
+    run = new_run(project, out, resume=True)
+    with pytest.raises(ValueError, match=r"retrain.seed_1 is not trained to its end; run oneshot"):
+        run.evaluate()
+
+
+# What is refused before anything is written -------------------------------------------------
+
+
+def test_a_folder_with_another_run_is_refused(project, finished_run):
+    before = {path: path.read_bytes() for path in finished_run.glob("*.*")}
+    with pytest.raises(ValueError, match="already holds this run; go on with --resume"):
+        new_run(project, finished_run)
+    for resume in (False, True):
+        with pytest.raises(
+            ValueError, match="already holds a run of another config .search.steps: 6 against 7."
+        ):
+            new_run(project, finished_run, overrides=["search.steps=7"], resume=resume)
+    assert {path: path.read_bytes() for path in finished_run.glob("*.*")} == before
+
+
+def test_a_folder_with_something_else_is_left_alone(project, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="is not empty and holds no run; choose another --out"):
+        new_run(project, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_space_or_data_that_changed_since_is_refused(project, finished_run, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(finished_run, out)
+    text = (out / "space.yaml").read_text()
+    (out / "space.yaml").write_text(text.replace("stem_filters: 8", "stem_filters: 16"))
+    with pytest.raises(ValueError, match="is another space than .*space.yaml now is"):
+        new_run(project, out, resume=True)
+    (out / "space.yaml").write_text(text)
+    splits = read_json(out / "splits.json")
+    splits["weights"][0] = "train/999"
+    (out / "splits.json").write_text(json.dumps(splits))
+    with pytest.raises(ValueError, match="the data has changed since the run began"):
+        new_run(project, out, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["latency.target_ms=4"], "is 4 ms, below the minimum of space small: 4.363 ms"),
+        (["search.batch_size=9"], "search.batch_size is 9, the smaller of .* has 8 frames"),
+        (["retrain.batch_size=33"], "retrain.batch_size is 33, the training split has 32 frames"),
+        (["device=cuda:7"], "device cuda:7 was asked for and is absent"),
+        (["data.width=48"], "table.csv is for images of 32x32, got 32x48"),
+        (["tasks.segmentation.num_classes=11"], "no row in table.csv for separable_conv"),
+        (["search.splits={weights: 0.5, alpha: 0.2, validation: 0.2}"], "shares that sum to 1"),
+        (["search.splits={weights: 0.9, alpha: 0.09, validation: 0.01}"], "validation .* is empty"),
+        (["data.test_split=tset"], "tset"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_a_folder_is_made(
+    project, tmp_path, overrides, message
+):
+    with pytest.raises(ValueError, match=message):
+        new_run(project, tmp_path / "run", overrides=overrides)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_random_baseline_that_finds_nothing_is_refused_at_once(project, tmp_path, monkeypatch):
+    monkeypatch.setattr("oneshot_ednas.pipeline.MAX_RANDOM_DRAWS", 3)
+    with pytest.raises(ValueError, match="none of 3 random architectures is inside 4.364 ms"):
+        new_run(project, tmp_path / "run", overrides=["latency.target_ms=4.364"])
+    assert list(tmp_path.iterdir()) == []
+    new_run(project, tmp_path / "run", overrides=["latency.target_ms=4.364", "baselines=[base]"])
+
+
+def test_a_table_of_unknown_error_needs_consent(project, tiny, tmp_path):
+    table = tiny_table(tiny.space)
+    header = dataclasses.replace(table.header, held_out_mape=None)
+    LatencyTable(header, table.rows, "x").save(tmp_path / "table.csv")
+    overrides = [f"latency.table={tmp_path / 'table.csv'}"]
+    with pytest.raises(ValueError, match="the error of table.csv on whole networks is unknown"):
+        new_run(project, tmp_path / "run", overrides=overrides)
+    new_run(project, tmp_path / "run", overrides=[*overrides, "latency.allow_uncalibrated=true"])
+    assert (tmp_path / "run" / "config.yaml").is_file()
