@@ -229,32 +229,36 @@ def _with_data(config: Any, data: Path | None) -> Any:
 
 def _print_stage(one: Any, name: str, *, as_json: bool) -> None:
     """What a stage before the evaluation has come to."""
-    figures: dict[str, Any] = {"run": str(one.files.folder), "stage": name}
-    figures |= {"target_ms": one.target_ms}
+    from oneshot_ednas.architecture import Architecture
+
+    figures = {"run": str(one.files.folder), "stage": name, "target_ms": one.target_ms}
     if name == "search":
-        figures |= {
-            "steps": one.one_shot.step,
-            "expected_latency_ms": float(one.one_shot.expected_latency().detach()),
-            "alarms": one.one_shot.alarms(),
-        }
+        figures["steps"] = one.one_shot.step
+        figures["expected_latency_ms"] = float(one.one_shot.expected_latency().detach())
+        figures["alarms"] = one.one_shot.alarms()
     elif name == "derive":
-        found = read_json(one.files.candidates)["candidates"]
-        chosen = {key: found[0][key] for key in ("latency_ms", "reward", "metrics")}
-        figures |= {"architecture": str(one.architecture()), **chosen, "candidates": len(found)}
-    else:
-        names = [path.stem for path in sorted(one.files.checkpoint("x").parent.glob("*.[0-9]*"))]
-        figures |= {"networks": names}
-    figures |= {"seconds": one.seconds}
+        best = read_json(one.files.candidates)["candidates"][0]
+        figures["architecture"] = str(Architecture.load(one.files.architecture))
+        figures |= {key: best[key] for key in ("latency_ms", "reward", "metrics")}
+    elif name == "retrain":
+        seeds = range(one.config.retrain.num_seeds)
+        figures["networks"] = [f"retrain.seed_{number}" for number in seeds]
+        figures["networks"] += [f"baseline.{baseline}" for baseline in one.config.baselines]
     if as_json:
         print(json.dumps(figures))
         return
     table = Table(show_header=False)
     for key, value in figures.items():
-        items = value.items() if isinstance(value, dict) else [("", value)]
-        for part, item in items:
-            shown = f"{item:.5g}" if isinstance(item, float) else str(item)
-            table.add_row(f"{key} {part}".strip(), shown)
+        table.add_row(key, _shown(value))
     _console().print(table)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return "\n".join(value) or "none"
+    if isinstance(value, dict):
+        return "\n".join(f"{key}: {_shown(item)}" for key, item in value.items())
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
 def _results(folder: Path) -> Any:
@@ -494,9 +498,16 @@ def _number(value: float | None, digits: int) -> str:
 @click.option("--clock-mhz", type=int, default=500, show_default=True)
 @click.option("--tasks", default=DEFAULT_TASKS, show_default=True, help="Assumed outputs.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="CSV to write.")
+@json_option
 @bad_input
 def latency_table(
-    space: str, image_size: tuple[int, int], host: str, clock_mhz: int, tasks: str, out: Path
+    space: str,
+    image_size: tuple[int, int],
+    host: str,
+    clock_mhz: int,
+    tasks: str,
+    out: Path,
+    as_json: bool,
 ) -> None:
     """Simulate a latency table for every operation of a search space.
 
@@ -518,4 +529,7 @@ def latency_table(
         clock_mhz=clock_mhz,
     )
     write_text(out, table.to_text())
-    print(f"{out}: {len(table.rows)} operations, simulated for {host} at {clock_mhz} MHz")
+    if as_json:
+        print(json.dumps({"table": str(out), "operations": len(table.rows)}))
+    else:
+        print(f"{out}: {len(table.rows)} operations, simulated for {host} at {clock_mhz} MHz")

@@ -173,5 +173,5 @@ def test_the_first_difference_of_two_configs_is_named(tmp_path):
 
 
 def test_a_missing_config_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no file nowhere.yaml"):
+    with pytest.raises(FileNotFoundError, match=r"no file nowhere.yaml"):
         load_config(Path("nowhere.yaml"))

@@ -44,21 +44,22 @@ def test_table_6_has_the_expected_size_and_its_rows_sum_to_the_network():
     space = ednas_b0()
     table = LatencyTable.load(shipped("latency_tables/edgetpu_sim_256x256.csv"))
     architecture = Architecture.load(shipped("configs/architectures/ednas_table6.json"))
-    figures = describe_network(
-        space, architecture, out_channels=BOTH, image_size=SIZE, table=table
-    )
+    figures = describe_network(space, architecture, out_channels=BOTH, image_size=SIZE, table=table)
     check_sums(table, space, architecture, figures, BOTH)
     assert round(figures["parameters"] / 1e6, 1) == 12.7
     assert round(figures["gflops"], 1) == 6.7
     rows = {row["name"]: row for row in figures["rows"]}
     assert list(rows) == ["stem", *(f"block_{i}" for i in range(1, 17)), "bifpn", "head"]
-    assert rows["block_2"].items() >= {
-        "op": "ibn",
-        "stride": 2,
-        "kernel_size": 5,
-        "filters": 36,
-        "expand_ratio": 6,
-    }.items()
+    assert (
+        rows["block_2"].items()
+        >= {
+            "op": "ibn",
+            "stride": 2,
+            "kernel_size": 5,
+            "filters": 36,
+            "expand_ratio": 6,
+        }.items()
+    )
     assert min(row["gmacs"] for row in rows.values()) > 0
 
 
@@ -85,7 +86,7 @@ def check_sums(table, space, architecture, figures, channels):
     assert sum(row["gmacs"] for row in rows) == pytest.approx(figures["gmacs"], rel=1e-12)
     assert sum(row["parameters"] for row in rows) == figures["parameters"]
     costs = table.costs(space, channels)
-    on_chip_ms, size = costs.totals(architecture)
+    _, size = costs.totals(architecture)
     input_bytes, output_bytes = network_io_bytes(space, table.image_size, channels)
     fixed = header.fixed_ms + header.input_ms_per_byte * input_bytes
     fixed += header.output_ms_per_byte * output_bytes
@@ -123,11 +124,11 @@ def test_a_space_is_described_by_its_size_and_its_latency_range(small_space):
 def test_what_cannot_be_described_is_refused(small_space):
     table = toy_table(small_space)
     base = small_space.base_architecture
-    with pytest.raises(ValueError, match="toy.csv is for images of 32x48, got 32x32"):
+    with pytest.raises(ValueError, match=r"toy.csv is for images of 32x48, got 32x32"):
         describe_network(
             small_space, base, out_channels=OUT_CHANNELS, image_size=(32, 32), table=table
         )
-    with pytest.raises(ValueError, match="no row in toy.csv for separable_conv k3 8->7"):
+    with pytest.raises(ValueError, match=r"no row in toy.csv for separable_conv k3 8->7"):
         describe_network(
             small_space, base, out_channels={"depth": 7}, image_size=(32, 48), table=table
         )

@@ -30,9 +30,7 @@ def figures(results: dict) -> dict:
 
 def same_checkpoints(one, other) -> bool:
     for stage in STAGES:
-        a, b = (
-            load_checkpoint(RunFiles(folder).checkpoint(stage)) for folder in (one, other)
-        )
+        a, b = (load_checkpoint(RunFiles(folder).checkpoint(stage)) for folder in (one, other))
         key = "supernet" if stage == "search" else "network"
         if not all(torch.equal(value, b[key][name]) for name, value in a[key].items()):
             return False
@@ -61,13 +59,11 @@ def test_a_run_folder_holds_everything(finished_run):
     # Validation metrics may have a stage of their own.
     assert {path.name for path in (finished_run / "tensorboard").iterdir()} >= set(STAGES)
     lines = [json.loads(line) for line in (finished_run / "metrics.jsonl").read_text().splitlines()]
-    for stage, steps in dict.fromkeys(STAGES, 5).items() | {("search", 6)}:
-        if (stage, steps) == ("search", 5):
-            continue
+    for stage, steps in (dict.fromkeys(STAGES, 5) | {"search": 6}).items():
         logged = [x["step"] for x in lines if x["stage"] == stage and "loss/weights" in x]
         assert logged == list(range(steps)), stage
     assert "<html" in (finished_run / "report.html").read_text()
-    assert not [path for path in finished_run.rglob(".*")], "a temporary file was left"
+    assert not list(finished_run.rglob(".*")), "a temporary file was left"
 
 
 def test_a_run_folder_reads_back_what_the_run_was_given(finished_run, project):
@@ -80,7 +76,7 @@ def test_a_run_folder_reads_back_what_the_run_was_given(finished_run, project):
         "alpha": 8,
         "validation": 5,
     }
-    assert len(set(sum(splits.values(), []))) == 32
+    assert len({frame for part in splits.values() for frame in part}) == 32
 
 
 def test_results_hold_the_named_figures(finished_run, tiny):
@@ -204,7 +200,7 @@ def test_a_folder_with_another_run_is_refused(project, finished_run):
         new_run(project, finished_run)
     for resume in (False, True):
         with pytest.raises(
-            ValueError, match="already holds a run of another config .search.steps: 6 against 7."
+            ValueError, match=r"already holds a run of another config .search.steps: 6 against 7."
         ):
             new_run(project, finished_run, overrides=["search.steps=7"], resume=resume)
     assert {path: path.read_bytes() for path in finished_run.glob("*.*")} == before
@@ -222,7 +218,7 @@ def test_a_space_or_data_that_changed_since_is_refused(project, finished_run, tm
     shutil.copytree(finished_run, out)
     text = (out / "space.yaml").read_text()
     (out / "space.yaml").write_text(text.replace("stem_filters: 8", "stem_filters: 16"))
-    with pytest.raises(ValueError, match="is another space than .*space.yaml now is"):
+    with pytest.raises(ValueError, match=r"is another space than .*space.yaml now is"):
         new_run(project, out, resume=True)
     (out / "space.yaml").write_text(text)
     splits = read_json(out / "splits.json")
@@ -246,9 +242,7 @@ def test_a_space_or_data_that_changed_since_is_refused(project, finished_run, tm
         (["data.test_split=tset"], "tset"),
     ],
 )
-def test_what_cannot_work_is_refused_before_a_folder_is_made(
-    project, tmp_path, overrides, message
-):
+def test_what_cannot_work_is_refused_before_a_folder_is_made(project, tmp_path, overrides, message):
     with pytest.raises(ValueError, match=message):
         new_run(project, tmp_path / "run", overrides=overrides)
     assert list(tmp_path.iterdir()) == []
@@ -256,7 +250,7 @@ def test_what_cannot_work_is_refused_before_a_folder_is_made(
 
 def test_a_random_baseline_that_finds_nothing_is_refused_at_once(project, tmp_path, monkeypatch):
     monkeypatch.setattr("oneshot_ednas.pipeline.MAX_RANDOM_DRAWS", 3)
-    with pytest.raises(ValueError, match="none of 3 random architectures is inside 4.364 ms"):
+    with pytest.raises(ValueError, match=r"none of 3 random architectures is inside 4.364 ms"):
         new_run(project, tmp_path / "run", overrides=["latency.target_ms=4.364"])
     assert list(tmp_path.iterdir()) == []
     new_run(project, tmp_path / "run", overrides=["latency.target_ms=4.364", "baselines=[base]"])
@@ -267,7 +261,7 @@ def test_a_table_of_unknown_error_needs_consent(project, tiny, tmp_path):
     header = dataclasses.replace(table.header, held_out_mape=None)
     LatencyTable(header, table.rows, "x").save(tmp_path / "table.csv")
     overrides = [f"latency.table={tmp_path / 'table.csv'}"]
-    with pytest.raises(ValueError, match="the error of table.csv on whole networks is unknown"):
+    with pytest.raises(ValueError, match=r"the error of table.csv on whole networks is unknown"):
         new_run(project, tmp_path / "run", overrides=overrides)
     new_run(project, tmp_path / "run", overrides=[*overrides, "latency.allow_uncalibrated=true"])
     assert (tmp_path / "run" / "config.yaml").is_file()

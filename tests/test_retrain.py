@@ -115,9 +115,7 @@ def test_a_checkpoint_of_another_architecture_or_seed_is_refused(tiny, tmp_path)
             train(tiny, tmp_path, steps=1, **change)
 
 
-def test_a_loss_that_is_not_finite_stops_and_the_last_checkpoint_stays(
-    tiny, tmp_path, monkeypatch
-):
+def test_a_loss_that_is_not_finite_stops_and_the_last_checkpoint_stays(tiny, tmp_path, monkeypatch):
     calls, forward = [], Network.forward
 
     def poisoned(self, images, run=None):
@@ -141,7 +139,7 @@ def test_a_gradient_that_is_not_finite_stops_too(tiny, tmp_path, monkeypatch):
         return {name: (output.sum() * 0).abs().sqrt() for name, output in outputs.items()}
 
     monkeypatch.setattr("oneshot_ednas.retrain.task_losses", losses)
-    with pytest.raises(RuntimeError, match="retrain.seed_0 step 0: the gradient is not finite"):
+    with pytest.raises(RuntimeError, match=r"retrain.seed_0 step 0: the gradient is not finite"):
         train(tiny, tmp_path)
 
 

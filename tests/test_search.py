@@ -149,7 +149,7 @@ def test_weight_and_alpha_steps_read_their_own_split(tiny, monkeypatch):
 def test_the_splits_of_a_config_are_disjoint_and_hold_every_frame():
     parts = split_indices(50, SearchConfig(steps=1, batch_size=1).splits, 7)
     assert [len(part) for part in parts.values()] == [30, 12, 8]
-    assert sorted(sum(parts.values(), [])) == list(range(50))
+    assert sorted(frame for part in parts.values() for frame in part) == list(range(50))
     assert parts == split_indices(50, SearchConfig(steps=1, batch_size=1).splits, 7)
     assert parts != split_indices(50, SearchConfig(steps=1, batch_size=1).splits, 8)
 
@@ -189,7 +189,10 @@ def test_the_sandwich_s_extremes_keep_the_ops_of_the_path(tiny):
     path = tiny.space.sample(np.random.default_rng(1))
     for largest, pick in ((True, max), (False, min)):
         for spec, block, own in zip(
-            tiny.space.blocks, search.extreme(path, largest=largest).blocks, path.blocks, strict=True
+            tiny.space.blocks,
+            search.extreme(path, largest=largest).blocks,
+            path.blocks,
+            strict=True,
         ):
             assert block.op == own.op
             for field in ("kernel_size", "expand_ratio", "filters"):
@@ -371,6 +374,25 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(tiny, tmp_path, mo
     assert logs[0] == logs[1]
 
 
+def test_validation_is_logged_and_leaves_no_trace(tiny, tmp_path):
+    searches = []
+    for count in (0, 2):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        search = tiny.search(num_validations=count, steps=5, warmup_fraction=0.4, loop=OFTEN)
+
+        def validate(search=search):
+            search.supernet.eval()
+            return {"validation/reward": float(search.step)}
+
+        search.run(folder, folder / "search.safetensors", validate)
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        scores = [line["validation/reward"] for line in lines if "validation/reward" in line]
+        assert scores == ([] if count == 0 else [3.0, 5.0])
+        searches.append(search)
+    assert differences(*searches) == []
+
+
 def test_the_same_seed_gives_the_same_search_and_another_seed_another(tiny, tmp_path):
     found = []
     for seed in (5, 5, 6):
@@ -410,7 +432,7 @@ def test_a_damaged_checkpoint_is_refused_with_a_cure(tiny, tmp_path):
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 0xFF
     path.write_bytes(bytes(data))
-    with pytest.raises(ValueError, match="checkpoint is damaged .*; delete it to start"):
+    with pytest.raises(ValueError, match=r"checkpoint is damaged .*; delete it to start"):
         resume_search(tiny.search(), path)
 
 
@@ -449,7 +471,9 @@ def test_a_gradient_that_is_not_finite_never_reaches_weights_or_alpha(tiny, monk
         return {name: (output.sum() * 0).abs().sqrt() for name, output in outputs.items()}
 
     monkeypatch.setattr("oneshot_ednas.search.task_losses", losses)
-    with pytest.raises(RuntimeError, match="search step 0.*the gradient is not finite, architecture"):
+    with pytest.raises(
+        RuntimeError, match=r"search step 0.*the gradient is not finite, architecture"
+    ):
         search.take_step(0)
     assert changed(before, search) == 0
     assert torch.equal(alpha, search.alpha.logits)

@@ -108,11 +108,11 @@ def test_settings_that_contradict_each_other_are_refused(settings, message):
 def test_a_data_folder_that_is_not_named_or_not_there_is_refused(tmp_path):
     with pytest.raises(ValueError, match="this config reads a data folder: name it with --data"):
         load_data(folder_config(), tasks())
-    with pytest.raises(FileNotFoundError, match="no data folder .*/nowhere"):
+    with pytest.raises(FileNotFoundError, match=r"no data folder .*/nowhere"):
         load_data(folder_config(root=str(tmp_path / "nowhere")), tasks())
-    with pytest.raises(ValueError, match="no manifest .*dataset.yaml; write one"):
+    with pytest.raises(ValueError, match=r"no manifest .*dataset.yaml; write one"):
         load_data(folder_config(root=str(tmp_path)), tasks())
-    with pytest.raises(FileNotFoundError, match="no file else.yaml"):
+    with pytest.raises(FileNotFoundError, match=r"no file else.yaml"):
         load_data(folder_config(root=str(tmp_path), manifest="else.yaml"), tasks())
 
 
@@ -126,5 +126,5 @@ def test_tasks_must_match_the_data(rooms):
     streets = DataConfig(height=32, width=32, train_frames=32, test_frames=6, workers=1)
     with pytest.raises(ValueError, match="task seg has no targets in streets-train; it has "):
         load_data(streets, tasks(seg=SEGMENTATION))
-    with pytest.raises(ValueError, match="task depth is of kind normals; .* of kind depth"):
+    with pytest.raises(ValueError, match=r"task depth is of kind normals; .* of kind depth"):
         load_data(streets, tasks(depth=TaskConfig(kind="normals")))

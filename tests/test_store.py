@@ -263,7 +263,7 @@ def test_a_save_that_fails_loses_no_checkpoint(tmp_path, monkeypatch):
         save_checkpoint(path, {"step": 2})
     monkeypatch.undo()
     assert load_checkpoint(path) == {"step": 1}
-    assert load_checkpoint(previous_checkpoint(path)) == {"step": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
 
 
 # Damage -------------------------------------------------------------------------------------

@@ -102,9 +102,7 @@ def test_batches_are_a_pure_function_of_seed_step_and_name(tiny):
 
 def test_an_epoch_of_batches_shows_each_frame_once(tiny):
     plain = AugmentConfig()
-    shown = torch.cat(
-        [batch_of(tiny, step=step, augmentation=plain)["image"] for step in range(8)]
-    )
+    shown = torch.cat([batch_of(tiny, step=step, augmentation=plain)["image"] for step in range(8)])
     every = tiny.train.batch(range(32))["image"]
     matches = (shown[:, None] == every[None]).flatten(2).all(2)
     assert matches.sum(0).tolist() == [1] * 32
