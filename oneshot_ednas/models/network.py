@@ -141,7 +141,9 @@ def recalibrate_bn(
     with _momentum_of(layers):
         for count, images in enumerate(batches, start=1):
             for layer in layers:
-                # The first batch replaces what was there; the n-th enters with weight 1/n.
+                if count == 1:
+                    layer.running_mean.zero_()
+                    layer.running_var.fill_(1)
                 layer.momentum = 1 / count
             network(images, architecture)
     network.train(was_training)
