@@ -94,9 +94,10 @@ def retrain(
     start = 0
     if checkpoint.exists():
         state = load_checkpoint(checkpoint)
-        if state["architecture"] != architecture.to_json()["blocks"] or state["seed"] != seed:
+        held = (state.get("stage"), state.get("architecture"), state.get("seed"))
+        if held != ("retrain", architecture.to_json()["blocks"], seed):
             raise ValueError(
-                f"{checkpoint}: holds another architecture or seed; delete it to train anew"
+                f"{checkpoint}: holds another training, architecture or seed; delete it to train anew"
             )
         network.load_state_dict(state["network"])
         optimizer.load_state_dict(state["optimizer"])
@@ -137,6 +138,7 @@ def retrain(
         save_checkpoint(
             checkpoint,
             {
+                "stage": "retrain",
                 "step": done,
                 "seed": seed,
                 "architecture": architecture.to_json()["blocks"],

@@ -101,6 +101,8 @@ class SearchConfig:
             raise ValueError(
                 f"splits: expected weights, alpha and validation, got {', '.join(self.splits)}"
             )
+        if self.num_validations < 0:
+            raise ValueError(f"num_validations: expected 0 or more, got {self.num_validations}")
         if self.steps < 1 or self.batch_size < 1 or self.alpha_every < 1:
             raise ValueError(
                 f"expected steps, batch_size and alpha_every of at least 1, got {self.steps}, "
@@ -185,6 +187,7 @@ class OneShotSearch:
     def state_dict(self) -> dict[str, Any]:
         """All state that later steps depend on."""
         return {
+            "stage": "search",
             "step": self.step,
             "seed": self.seed,
             "mu": self.mu,
@@ -204,6 +207,8 @@ class OneShotSearch:
         Raises:
             ValueError: if the state is of another seed or network.
         """
+        if state.get("stage") != "search":
+            raise ValueError(f"the checkpoint is of {state.get('stage')}, not of a search")
         if state["seed"] != self.seed:
             raise ValueError(f"checkpoint has seed {state['seed']}, the config {self.seed}")
         try:

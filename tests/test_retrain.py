@@ -1,5 +1,6 @@
 """Training from scratch: exact resumption, seeds, overfitting, refusals."""
 
+import copy
 import json
 import math
 import os
@@ -11,10 +12,10 @@ import torch
 from tiny import CPU, FAST
 
 from oneshot_ednas.data.transforms import AugmentConfig
-from oneshot_ednas.models.network import Network
+from oneshot_ednas.models.network import Network, recalibrate_bn
 from oneshot_ednas.retrain import RetrainConfig, retrain
 from oneshot_ednas.store import load_checkpoint
-from oneshot_ednas.training import Interrupted, LoopConfig
+from oneshot_ednas.training import Interrupted, LoopConfig, calibration_images
 
 SETTINGS = {
     "steps": 5,
@@ -103,6 +104,10 @@ def test_bn_statistics_are_averages_over_calibration_images(tiny, tmp_path):
     variances = [b for name, b in network.named_buffers() if name.endswith("running_var")]
     assert len(variances) > 10
     assert not any(torch.equal(variance, torch.ones_like(variance)) for variance in variances)
+    again = copy.deepcopy(network)
+    images = calibration_images(tiny.train, num_batches=2, batch_size=4, seed=0, device=CPU)
+    recalibrate_bn(again, images)
+    assert same(network, again)
     stored = load_checkpoint(tmp_path / "retrain.safetensors")["network"]
     assert all(torch.equal(value, stored[n]) for n, value in network.state_dict().items())
 
@@ -111,7 +116,9 @@ def test_a_checkpoint_of_another_architecture_or_seed_is_refused(tiny, tmp_path)
     train(tiny, tmp_path, steps=1)
     other = tiny.space.sample(np.random.default_rng(0))
     for change in ({"architecture": other}, {"seed": 1}):
-        with pytest.raises(ValueError, match="holds another architecture or seed; delete it"):
+        with pytest.raises(
+            ValueError, match="holds another training, architecture or seed; delete it"
+        ):
             train(tiny, tmp_path, steps=1, **change)
 
 
