@@ -97,7 +97,8 @@ def retrain(
         held = (state.get("stage"), state.get("architecture"), state.get("seed"))
         if held != ("retrain", architecture.to_json()["blocks"], seed):
             raise ValueError(
-                f"{checkpoint}: holds another training, architecture or seed; delete it to train anew"
+                f"{checkpoint}: holds another training, architecture or seed; "
+                f"delete it to train anew"
             )
         network.load_state_dict(state["network"])
         optimizer.load_state_dict(state["optimizer"])

@@ -418,6 +418,9 @@ def test_a_checkpoint_of_another_seed_or_space_is_refused(tiny, tmp_path):
     save_checkpoint(path, tiny.search(seed=1).state_dict())
     with pytest.raises(ValueError, match="checkpoint has seed 1, the config 2"):
         resume_search(tiny.search(seed=2), path)
+    save_checkpoint(path, {"stage": "retrain", "step": 3})
+    with pytest.raises(ValueError, match="the checkpoint is of retrain, not of a search"):
+        resume_search(tiny.search(seed=2), path)
     state = tiny.search(seed=1).state_dict()
     del state["supernet"]["heads.depth.classifier.weight"]
     save_checkpoint(path, state)
