@@ -14,6 +14,8 @@ The data flow in ten lines:
     inherit_weights(network, supernet, best)                    # or train it from scratch
 """
 
+from importlib.metadata import PackageNotFoundError, version
+
 from oneshot_ednas.architecture import Architecture, BlockArchitecture
 from oneshot_ednas.derive import derive_architectures, pareto_front
 from oneshot_ednas.latency.expected import expected_latency
@@ -29,6 +31,11 @@ from oneshot_ednas.relaxation import ArchitectureParameters, BlockGates, Gates, 
 from oneshot_ednas.reward import accuracy_product, deltas, reward
 from oneshot_ednas.space import SearchSpace, ednas_b0, ednas_tiny, named_space
 
+try:
+    __version__ = version("oneshot-ednas")
+except PackageNotFoundError:  # the bare folder, not installed
+    __version__ = "unknown"
+
 __all__ = [
     "Architecture",
     "ArchitectureParameters",
@@ -38,6 +45,7 @@ __all__ = [
     "LatencyTable",
     "Network",
     "SearchSpace",
+    "__version__",
     "accuracy_product",
     "build_network",
     "deltas",

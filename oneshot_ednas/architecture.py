@@ -68,14 +68,17 @@ class Architecture:
         )
         return cls(blocks, space=str(data.get("space", "")))
 
-    def save(self, path: str | Path) -> None:
-        """Write the JSON form to a file."""
+    def to_text(self) -> str:
+        """The JSON form as text, one line per block."""
         rows = ",\n    ".join(json.dumps(asdict(block)) for block in self.blocks)
-        text = (
+        return (
             f'{{\n  "format": {FORMAT},\n  "space": {json.dumps(self.space)},\n'
             f'  "blocks": [\n    {rows}\n  ]\n}}\n'
         )
-        Path(path).write_text(text, encoding="utf-8")
+
+    def save(self, path: str | Path) -> None:
+        """Write the JSON form to a file."""
+        Path(path).write_text(self.to_text(), encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> "Architecture":

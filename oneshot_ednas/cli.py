@@ -41,13 +41,18 @@ def bad_input(function: Callable[P, None]) -> Callable[P, None]:
         try:
             function(*args, **kwargs)
         except Interrupted as stop:
-            _fail(f"{stop}; go on with --resume", status=130)
+            _fail(f"{stop}; {_how_to_go_on()}", status=130)
         except (ValueError, OSError) as error:
             _fail(_one_line(error), status=2)
         except RuntimeError as error:
             _fail(_one_line(error), status=1)
 
     return wrapper
+
+
+def _how_to_go_on() -> str:
+    has_resume = any(o.name == "resume" for o in click.get_current_context().command.params)
+    return "go on with --resume" if has_resume else "go on with the same command"
 
 
 def _show_warning(
@@ -166,6 +171,8 @@ def search(
     Example: oneshot-ednas search configs/demo.yaml --out runs/demo
     """
     if Path(config_or_run).is_dir():
+        if out is not None or overrides:
+            raise ValueError("a run folder keeps its config: --out and --set are for a new run")
         one = _reopen(Path(config_or_run), data)
     elif out is None:
         raise ValueError("search from a config needs --out DIR")
@@ -203,7 +210,7 @@ def _start(
     from oneshot_ednas.pipeline import Run
 
     path = find_file(config)
-    one = Run(_with_data(load_config(path, overrides), data), out, config_path=path)
+    one = Run(_with_data(load_config(path, overrides), data), out)
     one.open(resume=resume)
     return one
 
@@ -215,7 +222,7 @@ def _reopen(folder: Path, data: Path | None) -> Any:
     path = RunFiles(folder).config
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is no run folder: it has no config.yaml")
-    one = Run(_with_data(load_config(path), data), folder, config_path=path)
+    one = Run(_with_data(load_config(path), data), folder)
     one.open(resume=True)
     return one
 
@@ -307,6 +314,7 @@ def _console() -> Console:
 
 @main.command()
 @click.argument("what")
+@click.option("--space", help="Search space of an architecture JSON, if not the one it names.")
 @click.option("--tasks", help="Output channels per task, as segmentation=19,depth=1.")
 @click.option("--image-size", nargs=2, type=int, metavar="H W", help="Size of the image.")
 @click.option("--table", "table_path", help="Latency table; without one there are no latencies.")
@@ -314,6 +322,7 @@ def _console() -> Console:
 @bad_input
 def describe(
     what: str,
+    space: str | None,
     tasks: str | None,
     image_size: tuple[int, int] | None,
     table_path: str | None,
@@ -330,7 +339,7 @@ def describe(
     from oneshot_ednas.describe import describe_network, describe_space
     from oneshot_ednas.latency.table import LatencyTable
 
-    subject = _subject(what)
+    subject = _subject(what, space)
     channels = _channels(tasks) if tasks else subject.out_channels or _channels(DEFAULT_TASKS)
     table = LatencyTable.load(find_file(table_path)) if table_path else subject.table
     size = image_size or subject.image_size or (table.image_size if table else DEFAULT_IMAGE_SIZE)
@@ -357,22 +366,25 @@ class _Subject:
         self.table: Any = None
 
 
-def _subject(what: str) -> _Subject:
+def _subject(what: str, space: str | None) -> _Subject:
     from oneshot_ednas.architecture import Architecture
     from oneshot_ednas.space import SearchSpace, named_space
 
     path = Path(what)
     if path.is_dir():
         subject = _config_subject(path / "config.yaml")
+        subject.space = SearchSpace.load(path / "space.yaml")
         found = path / "architecture.json"
         if found.exists():
             subject.architecture, subject.is_space = Architecture.load(found), False
         return subject
     if path.suffix == ".json":
         architecture = Architecture.load(find_file(path))
-        if not architecture.space:
-            raise ValueError(f'{what}: names no search space; add "space": "ednas_b0"')
-        return _Subject(named_space(architecture.space), architecture)
+        if not (space or architecture.space):
+            raise ValueError(f"{what}: names no search space; give it with --space")
+        return _Subject(named_space(space or architecture.space), architecture)
+    if space:
+        raise ValueError(f"--space is for an architecture JSON, {what} has its own")
     if path.suffix in (".yaml", ".yml"):
         path = find_file(path)
         if "\nblocks:" in "\n" + path.read_text(encoding="utf-8"):

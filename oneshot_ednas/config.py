@@ -10,6 +10,7 @@ from oneshot_ednas.retrain import RetrainConfig
 from oneshot_ednas.schema import find_file, is_shipped, load_yaml
 from oneshot_ednas.search import SearchConfig
 from oneshot_ednas.tasks import TaskConfig
+from oneshot_ednas.training import LoopConfig
 
 BASELINES = ("base", "random")
 
@@ -96,6 +97,18 @@ def _absolute(name: str, folder: Path) -> str:
     if (folder / name).exists():
         return str((folder / name).absolute())
     return str(Path(name).absolute()) if Path(name).exists() and not is_shipped(name) else name
+
+
+def what_defines(config: ExperimentConfig) -> ExperimentConfig:
+    """The config without what may change between sittings of one run.
+
+    That is where the data lies (its content is checked by itself), how many processes read it, the
+    device, and how often the loops write.
+    """
+    data = replace(config.data, root=None, workers=None)
+    search = replace(config.search, loop=LoopConfig())
+    retrain = replace(config.retrain, loop=LoopConfig())
+    return replace(config, device="auto", data=data, search=search, retrain=retrain)
 
 
 def first_difference(one: object, other: object, where: str = "") -> str | None:

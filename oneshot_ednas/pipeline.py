@@ -4,9 +4,10 @@ Each stage reads what the one before wrote, so a run can be cut anywhere and go 
 """
 
 import datetime
-import importlib.metadata
+import json
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,8 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from oneshot_ednas import __version__
 from oneshot_ednas.architecture import Architecture
-from oneshot_ednas.config import ExperimentConfig, first_difference
+from oneshot_ednas.config import ExperimentConfig, first_difference, what_defines
 from oneshot_ednas.data.order import split_indices
 from oneshot_ednas.data.packed import PackedSplit
 from oneshot_ednas.data.source import load_data
@@ -34,7 +36,7 @@ from oneshot_ednas.retrain import retrain
 from oneshot_ednas.reward import reward
 from oneshot_ednas.schema import dump_yaml, find_file, load_yaml, read_json
 from oneshot_ednas.search import OneShotSearch, check_target, resume_search
-from oneshot_ednas.space import SearchSpace, named_space
+from oneshot_ednas.space import named_space
 from oneshot_ednas.store import load_checkpoint, write_json, write_text
 from oneshot_ednas.tasks import Task, make_tasks
 from oneshot_ednas.training import (
@@ -74,6 +76,16 @@ class RunFiles:
         return self.folder / "splits.json"
 
     @property
+    def data(self) -> Path:
+        """Digests of the images and targets."""
+        return self.folder / "data.json"
+
+    @property
+    def table(self) -> Path:
+        """The latency table."""
+        return self.folder / "latency_table.csv"
+
+    @property
     def architecture(self) -> Path:
         """The derived architecture."""
         return self.folder / "architecture.json"
@@ -101,13 +113,12 @@ class RunFiles:
 class Run:
     """A config, its data, and the stages on a run folder."""
 
-    def __init__(self, config: ExperimentConfig, folder: Path, *, config_path: Path) -> None:
+    def __init__(self, config: ExperimentConfig, folder: Path) -> None:
         """Load and check everything that can be wrong before a file is written.
 
         Args:
-            config: the config.
+            config: the config, its files named as `load_config` does.
             folder: the run folder; need not exist yet.
-            config_path: where the config was read from, for paths beside it.
 
         Raises:
             ValueError: for whatever is wrong in config, space, table, data or target.
@@ -117,8 +128,8 @@ class Run:
         self.device = choose_device(config.device)
         self.tasks: dict[str, Task] = make_tasks(config.tasks)
         self.out_channels = {name: task.out_channels for name, task in self.tasks.items()}
-        self.space = _load_space(config.space, config_path)
-        self.table = LatencyTable.load(find_file(config.latency.table, beside=config_path.parent))
+        self.space = named_space(config.space)
+        self.table = LatencyTable.load(find_file(config.latency.table))
         self.table.check_image_size(*config.data.image_size)
         if self.table.header.held_out_mape is None and not config.latency.allow_uncalibrated:
             raise ValueError(
@@ -145,6 +156,14 @@ class Run:
         for name in config.baselines:
             self.baseline(name)  # drawn again when needed; refused before anything is trained
         self.indices = indices
+        self._check_depth()
+
+    def _check_depth(self) -> None:
+        """Refuse splits on which a metric would have nothing to score, before training for it."""
+        scored = {"test": self.test, "validation": self.part("validation")}
+        for name, split in scored.items():
+            if "depth" in self.tasks and split.num_invalid_depth_frames == len(split):
+                raise ValueError(f"none of the {len(split)} {name} frames has a valid depth")
 
     # Folder ---------------------------------------------------------------------------------
 
@@ -158,7 +177,7 @@ class Run:
         files = self.files
         if files.config.exists():
             held = load_yaml(files.config, ExperimentConfig)
-            difference = first_difference(held, self.config)
+            difference = first_difference(what_defines(held), what_defines(self.config))
             if difference:
                 raise ValueError(
                     f"{files.folder} already holds a run of another config ({difference}); "
@@ -168,19 +187,26 @@ class Run:
                 raise ValueError(f"{files.folder} already holds this run; go on with --resume")
         elif files.folder.exists() and any(files.folder.iterdir()):
             raise ValueError(f"{files.folder} is not empty and holds no run; choose another --out")
-        if files.space.exists() and SearchSpace.load(files.space) != self.space:
-            raise ValueError(f"{files.space} is another space than {self.config.space} now is")
         splits = {
             name: [self.train.sources[i] for i in part] for name, part in self.indices.items()
         }
-        if files.splits.exists() and read_json(files.splits) != splits:
-            raise ValueError(
-                f"{files.splits}: the data has changed since the run began; restore it, or start "
-                f"anew with another --out"
-            )
-        write_json(files.splits, splits)
-        write_text(files.space, self.space.to_yaml())
-        write_text(files.config, dump_yaml(self.config))
+        digests = {split.name: split.digest() for split in (self.train, self.test)}
+        contents = {
+            files.space: ("search space", self.space.to_yaml()),
+            files.table: ("latency table", self.table.to_text()),
+            files.splits: ("data", json.dumps(splits, indent=1) + "\n"),
+            files.data: ("data", json.dumps(digests, indent=1) + "\n"),
+            files.config: ("config", dump_yaml(self.config)),
+        }
+        for path, (what, text) in contents.items():
+            is_other = path.exists() and path.read_text(encoding="utf-8") != text
+            if is_other and path != files.config:
+                raise ValueError(
+                    f"the {what} has changed since the run began (it is no longer that of {path}); "
+                    f"restore it, or start anew with another --out"
+                )
+        for path, (_, text) in contents.items():
+            write_text(path, text)
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -304,7 +330,8 @@ class Run:
                 ],
             },
         )
-        best.derived.architecture.save(self.files.architecture)
+        # Last, since a run that has it takes this stage for done.
+        write_text(self.files.architecture, best.derived.architecture.to_text())
         note(
             f"derive: {best.derived.latency_ms:.4g} ms of {self.target_ms:g} ms, reward "
             f"{best.reward:.4f} with supernet weights, best of {len(ranked)}"
@@ -528,24 +555,32 @@ def run_all(run: Run) -> dict[str, Any]:
     return results
 
 
-def _load_space(name: str, config_path: Path) -> SearchSpace:
-    if Path(name).suffix in (".yaml", ".yml"):
-        return SearchSpace.load(find_file(name, beside=config_path.parent))
-    return named_space(name)
-
-
 def _probabilities(search: OneShotSearch) -> dict[str, dict[str, float]]:
-    rows = search.alpha.padded_logits().detach().double().softmax(1).tolist()
+    rows = search.alpha.padded_logits().detach().cpu().double().softmax(1).tolist()
     return {
         choice.name: {str(option): row[i] for i, option in enumerate(choice.options)}
         for choice, row in zip(search.space.choices, rows, strict=True)
     }
 
 
+def _git_revision() -> str:
+    """Revision of the checkout that the package runs from; empty for an installed one."""
+    here = Path(__file__).resolve().parent
+    if not (here.parent / ".git").exists():
+        return ""
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:  # no git on this machine
+        return ""
+    return found.stdout.strip()
+
+
 def _versions(device: torch.device) -> dict[str, str]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
-        "oneshot_ednas": importlib.metadata.version("oneshot-ednas"),
+        "oneshot_ednas": __version__,
+        "git_revision": _git_revision(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,

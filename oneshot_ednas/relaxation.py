@@ -132,7 +132,7 @@ class ArchitectureParameters(nn.Module):
 
     def log_probabilities(self) -> Gates:
         """Log softmax(alpha) per choice in float64, without gradient."""
-        rows = self.padded_logits().detach().double().cpu().log_softmax(1)
+        rows = self.padded_logits().detach().cpu().double().log_softmax(1)
         # The constant gate of a decision without a choice is 1; its log is 0.
         return tuple(
             BlockGates(*(v.log() if v.numel() == 1 else v for v in block))
@@ -169,6 +169,13 @@ class ArchitectureParameters(nn.Module):
             BlockGates(*(given.get((number, field), one) for field in CHOICE_FIELDS))
             for number in range(1, len(self.space.blocks) + 1)
         )
+
+
+def largest_gates(space: SearchSpace, gates: Gates) -> Architecture:
+    """The architecture of each choice's largest gate: the one that hard gates run."""
+    return space.decode(
+        [int(getattr(gates[choice.block - 1], choice.field).argmax()) for choice in space.choices]
+    )
 
 
 def one_hot_gates(

@@ -117,11 +117,11 @@ def retrain(
         )
         optimizer.zero_grad(set_to_none=True)
         losses = task_losses(tasks, network(batch["image"]), batch)
-        check_finite(losses, where=f"{stage} step {step}", run=architecture)
+        check_finite(losses, where=f"{stage} step {step}", run=lambda: architecture)
         loss = weighted_sum(tasks, losses)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(network.parameters(), config.optimizer.clip_grad_norm)
-        check_gradient(norm, where=f"{stage} step {step}", run=architecture)
+        check_gradient(norm, where=f"{stage} step {step}", run=lambda: architecture)
         optimizer.step()
         values = {f"loss/{name}": value.detach() for name, value in losses.items()}
         return {"loss/weights": loss.detach(), **values}

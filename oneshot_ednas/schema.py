@@ -6,6 +6,7 @@ Every error is one line that names the file, the line, what was expected and wha
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -21,7 +22,7 @@ _SCALAR_TAGS = {
     bool: ("tag:yaml.org,2002:bool",),
     int: ("tag:yaml.org,2002:int",),
 }
-_TYPE_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+_TYPE_WORDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
 
 
 def shipped(relative: str | Path) -> Path:
@@ -285,11 +286,13 @@ class _Reader:
             return kind(node.value)
         if kind is float:
             # PyYAML takes 1e-3 for text, so numbers are converted from their spelling.
-            spelled = node.value.lower().replace("_", "")
             try:
-                return float(spelled.replace(".inf", "inf").replace(".nan", "nan"))
+                value = float(node.value.replace("_", ""))
             except ValueError:
                 raise wrong from None
+            if not math.isfinite(value):
+                raise wrong
+            return value
         if kind not in _SCALAR_TAGS:
             raise TypeError(f"{where}: fields of type {kind} cannot be read from YAML")
         if node.tag not in _SCALAR_TAGS[kind]:

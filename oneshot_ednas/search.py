@@ -9,6 +9,7 @@ mu * relu(log(E[latency] / target)).
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +22,12 @@ from oneshot_ednas.data.transforms import AugmentConfig
 from oneshot_ednas.latency.expected import expected_latency
 from oneshot_ednas.latency.table import LatencyTable
 from oneshot_ednas.models.network import build_network
-from oneshot_ednas.relaxation import ArchitectureParameters, TemperatureConfig
+from oneshot_ednas.relaxation import (
+    ArchitectureParameters,
+    Gates,
+    TemperatureConfig,
+    largest_gates,
+)
 from oneshot_ednas.space import SearchSpace
 from oneshot_ednas.store import load_checkpoint, save_checkpoint
 from oneshot_ednas.tasks import Task
@@ -38,6 +44,9 @@ from oneshot_ednas.training import (
     training_batch,
     weighted_sum,
 )
+
+COLLAPSED_ENTROPY = 0.1
+"""Share of a choice's largest entropy below which it counts as decided."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +79,8 @@ class SearchConfig:
     warmup_fraction: float = 0.25
     """Share of the steps that train weights only, with architectures drawn uniformly."""
     mode: Literal["alternating", "joint"] = "alternating"
-    """`joint` updates weights and alpha in one step on both splits together."""
+    """`joint` updates weights and alpha in one step on both splits together, after the warm-up;
+    then `exploration` has no part."""
     gates: Literal["hard", "soft"] = "hard"
     """Gates of an alpha step: `hard` are straight-through, exactly one option forward."""
     alpha_every: int = 1
@@ -118,6 +128,11 @@ class SearchConfig:
                 f"expected alpha_learning_rate > 0 and alpha_weight_decay >= 0, got "
                 f"{self.alpha_learning_rate} and {self.alpha_weight_decay}"
             )
+        if self.mode == "joint" and (self.sandwich or self.alpha_every != 1):
+            raise ValueError(
+                "mode joint has no weight steps of its own: sandwich, distillation and "
+                "alpha_every belong to mode alternating"
+            )
         if self.distillation and not self.sandwich:
             raise ValueError("distillation needs sandwich: true, whose largest network teaches")
 
@@ -130,7 +145,7 @@ class SearchConfig:
     def validation_steps(self) -> set[int]:
         """Steps after which the log gets validation metrics, evenly spaced after the warm-up."""
         length = self.steps - self.warmup_steps
-        count = self.num_validations
+        count = min(self.num_validations, length)
         return {self.warmup_steps + length * i // count - 1 for i in range(1, count + 1)}
 
     def progress(self, step: int) -> float:
@@ -164,12 +179,16 @@ class OneShotSearch:
         self.splits, self.augmentation = splits, augmentation
         self.seed, self.device = seed, device
         self.out_channels = {name: task.out_channels for name, task in tasks.items()}
+        if space.is_fixed:
+            raise ValueError(f"space {space.name} is one network: there is nothing to search")
         check_target(table, space, self.out_channels, target_ms)
         # The weights' first values depend on the seed alone, not on what ran before.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(torch_generator(seed, "supernet").initial_seed())
             self.supernet = build_network(space, self.out_channels).to(device)
-        self.alpha = ArchitectureParameters(space).to(device)
+        self.alpha = ArchitectureParameters(space)
+        self._option_index = self.alpha.index.clone()  # stays on the CPU, where options are counted
+        self.alpha.to(device)
         self.optimizer = config.optimizer.build(self.supernet.parameters())
         self.alpha_optimizer = torch.optim.Adam(
             self.alpha.parameters(),
@@ -179,6 +198,8 @@ class OneShotSearch:
         self.mu = config.latency.weight if config.latency.schedule != "ramp" else 0.0
         self.sampled = torch.zeros_like(self.alpha.logits, dtype=torch.long, device="cpu")
         """How often each option was trained."""
+        self.collapsed: dict[str, int] = {}
+        """Choices that lost their entropy in the first half of the search, with the step."""
         self.step = 0
         self.supernet.train()
 
@@ -192,6 +213,7 @@ class OneShotSearch:
             "seed": self.seed,
             "mu": self.mu,
             "sampled": self.sampled,
+            "collapsed": self.collapsed,
             "supernet": self.supernet.state_dict(),
             "alpha": self.alpha.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -220,7 +242,7 @@ class OneShotSearch:
         self.optimizer.load_state_dict(state["optimizer"])
         self.alpha_optimizer.load_state_dict(state["alpha_optimizer"])
         self.step, self.mu = state["step"], state["mu"]
-        self.sampled = state["sampled"]
+        self.sampled, self.collapsed = state["sampled"], state["collapsed"]
         torch.set_rng_state(state["torch_random_state"])
 
     def run(
@@ -277,10 +299,11 @@ class OneShotSearch:
         if self.config.mode == "joint" and not is_warm_up:
             return self._joint_step(step)
         values = self._weight_step(step, uniform=is_warm_up)
-        if not is_warm_up and (step - self.config.warmup_steps) % self.config.alpha_every == 0:
+        if not is_warm_up and step % self.config.alpha_every == 0:
             values |= self._alpha_step(step)
         else:
-            values |= self._latency_values() | {"temperature": 0.0}
+            values |= self._latency_values()
+        values["temperature"] = 0.0 if is_warm_up else self._temperature(step)
         return values
 
     def _weight_step(self, step: int, *, uniform: bool) -> dict[str, float | Tensor]:
@@ -301,19 +324,20 @@ class OneShotSearch:
                 }
             else:
                 losses = task_losses(self.tasks, outputs, batch)
-            check_finite(losses, where=f"search step {step}", run=architecture)
+            check_finite(losses, where=f"search step {step}", run=partial(str, architecture))
             loss = weighted_sum(self.tasks, losses)
             (loss / len(runs)).backward()
             if first is None:
                 first = {name: output.detach() for name, output in outputs.items()}
+            if architecture is path:
                 total, logged = loss.detach(), {n: v.detach() for n, v in losses.items()}
             self._count(architecture)
-        self._weights_update(f"search step {step}", path)
+        self._weights_update(f"search step {step}", lambda: " and ".join(map(str, runs)))
         values: dict[str, float | Tensor] = {"loss/weights": total}
         values |= {f"loss/{name}": loss for name, loss in logged.items()}
         return values
 
-    def _weights_update(self, where: str, run: Architecture) -> None:
+    def _weights_update(self, where: str, run: Callable[[], object]) -> None:
         norm = torch.nn.utils.clip_grad_norm_(
             self.supernet.parameters(), self.config.optimizer.clip_grad_norm
         )
@@ -322,40 +346,46 @@ class OneShotSearch:
 
     def _alpha_step(self, step: int) -> dict[str, float | Tensor]:
         batch = self._batch("alpha", step)
-        temperature, gates = self._gates(step)
+        gates = self._gates(step)
+        run = partial(largest_gates, self.space, gates)
         losses = task_losses(self.tasks, self.supernet(batch["image"], gates), batch)
-        check_finite(losses, where=f"search step {step} (alpha)", run=self.alpha.argmax())
+        check_finite(losses, where=f"search step {step} (alpha)", run=run)
         # Gradients of alpha only: autograd leaves out those of the weights.
         (task_gradient,) = torch.autograd.grad(weighted_sum(self.tasks, losses), self.alpha.logits)
-        return self._alpha_update(step, task_gradient) | {
-            "temperature": temperature,
-            "loss/alpha": weighted_sum(self.tasks, losses).detach(),
-        }
+        values = self._alpha_update(step, task_gradient, run)
+        values["loss/alpha"] = weighted_sum(self.tasks, losses).detach()
+        return values
 
     def _joint_step(self, step: int) -> dict[str, float | Tensor]:
         halves = [self._batch("weights", step), self._batch("alpha", step)]
         batch = {name: torch.cat([half[name] for half in halves]) for name in halves[0]}
         self.optimizer.zero_grad(set_to_none=True)
         self.alpha_optimizer.zero_grad(set_to_none=True)
-        temperature, gates = self._gates(step)
+        gates = self._gates(step)
+        run = partial(largest_gates, self.space, gates)
         losses = task_losses(self.tasks, self.supernet(batch["image"], gates), batch)
-        check_finite(losses, where=f"search step {step} (joint)", run=self.alpha.argmax())
+        check_finite(losses, where=f"search step {step} (joint)", run=run)
         loss = weighted_sum(self.tasks, losses)
         loss.backward()
-        self._weights_update(f"search step {step} (joint)", self.alpha.argmax())
+        self._weights_update(f"search step {step} (joint)", run)
+        self._count(run())
         assert self.alpha.logits.grad is not None
-        values = self._alpha_update(step, self.alpha.logits.grad)
-        values |= {"temperature": temperature, "loss/weights": loss.detach()}
+        values = self._alpha_update(step, self.alpha.logits.grad, run)
+        values |= {"temperature": self._temperature(step), "loss/weights": loss.detach()}
         values |= {f"loss/{name}": value.detach() for name, value in losses.items()}
         return values
 
-    def _gates(self, step: int) -> tuple[float, Any]:
-        temperature = self.config.temperature.at(self.config.progress(step))
+    def _temperature(self, step: int) -> float:
+        return self.config.temperature.at(self.config.progress(step))
+
+    def _gates(self, step: int) -> Gates:
         generator = torch_generator(self.seed, "gumbel", step)
         hard = self.config.gates == "hard"
-        return temperature, self.alpha.gates(temperature, hard=hard, generator=generator)
+        return self.alpha.gates(self._temperature(step), hard=hard, generator=generator)
 
-    def _alpha_update(self, step: int, task_gradient: Tensor) -> dict[str, float | Tensor]:
+    def _alpha_update(
+        self, step: int, task_gradient: Tensor, run: Callable[[], object]
+    ) -> dict[str, float | Tensor]:
         """Add the latency term's gradient, step alpha, move mu."""
         latency = self.config.latency
         if latency.schedule == "ramp":
@@ -364,13 +394,13 @@ class OneShotSearch:
         log_ratio = (expected / self.target_ms).log()
         (latency_gradient,) = torch.autograd.grad(self.mu * log_ratio.relu(), self.alpha.logits)
         norms = task_gradient.norm(), latency_gradient.norm()
-        check_gradient(
-            norms[0] + norms[1], where=f"search step {step} (alpha)", run=self.alpha.argmax()
-        )
+        check_gradient(norms[0] + norms[1], where=f"search step {step} (alpha)", run=run)
         self.alpha.logits.grad = task_gradient + latency_gradient
         self.alpha_optimizer.step()
         if latency.schedule == "dual":
             self.mu = max(0.0, self.mu + latency.dual_rate * float(log_ratio.detach()))
+        if self.config.progress(step) < 0.5 and step % self.config.loop.log_every == 0:
+            self._watch_for_collapse(step)
         return {
             "latency/expected_ms": expected.detach(),
             "latency/mu": self.mu,
@@ -410,7 +440,7 @@ class OneShotSearch:
         generator = numpy_generator(self.seed, "path", step)
         if uniform:
             return self.space.sample(generator)
-        rows = self.alpha.padded_logits().detach().double().softmax(1).cpu().numpy()
+        rows = self.alpha.padded_logits().detach().cpu().double().softmax(1).numpy()
         share, indices = self.config.exploration, []
         for row, choice in zip(rows, self.space.choices, strict=True):
             count = len(choice.options)
@@ -428,9 +458,17 @@ class OneShotSearch:
 
     def _count(self, architecture: Architecture) -> None:
         rows = torch.tensor(self.space.encode(architecture))
-        self.sampled[self.alpha.index.cpu().gather(1, rows.view(-1, 1)).view(-1)] += 1
+        self.sampled[self._option_index.gather(1, rows.view(-1, 1)).view(-1)] += 1
 
     # Alarms ---------------------------------------------------------------------------------
+
+    def _watch_for_collapse(self, step: int) -> None:
+        """Note the choices that are almost decided while the gates are still warm."""
+        entropies = self.alpha.entropies()
+        for choice in self.space.choices:
+            floor = COLLAPSED_ENTROPY * math.log(len(choice.options))
+            if entropies[choice.name] < floor:
+                self.collapsed.setdefault(choice.name, step)
 
     def alarms(self) -> list[str]:
         """What looks wrong with the search, in words; empty if nothing does."""
@@ -448,10 +486,11 @@ class OneShotSearch:
                 f"alpha is still almost uniform (entropy {entropy:.1f} of {maximum:.1f} nats); "
                 f"raise alpha_learning_rate or search longer"
             )
-        if self.config.progress(self.step) < 0.5 and entropy < 0.1 * maximum:
+        if self.collapsed:
+            named = ", ".join(f"{name} by step {step}" for name, step in self.collapsed.items())
             found.append(
-                f"alpha collapsed early (entropy {entropy:.1f} of {maximum:.1f} nats); lower "
-                f"alpha_learning_rate or warm up longer"
+                f"{len(self.collapsed)} of {len(self.space.choices)} choices collapsed in the "
+                f"first half of the search ({named}); lower alpha_learning_rate or warm up longer"
             )
         expected = float(self.expected_latency().detach())
         if self.step >= self.config.steps and expected > 1.1 * self.target_ms:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol, SupportsInt, runtime_checkable
 
 from oneshot_ednas.architecture import Architecture, BlockArchitecture
-from oneshot_ednas.schema import dump_yaml, load_yaml, parse_yaml, shipped
+from oneshot_ednas.schema import dump_yaml, find_file, load_yaml, parse_yaml, shipped
 
 OPS = ("ibn", "fused_ibn")
 CHOICE_FIELDS = ("op", "kernel_size", "expand_ratio", "filters")
@@ -367,7 +367,7 @@ def named_space(name: str) -> SearchSpace:
         FileNotFoundError: if it is neither.
     """
     if Path(name).suffix in (".yaml", ".yml"):
-        return SearchSpace.load(name)
+        return SearchSpace.load(find_file(name))
     folder = shipped("configs/spaces")
     if not (folder / f"{name}.yaml").is_file():
         known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))

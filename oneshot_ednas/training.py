@@ -27,6 +27,7 @@ from oneshot_ednas.data.packed import PackedSplit, batch_indices
 from oneshot_ednas.data.transforms import AugmentConfig, augment
 from oneshot_ednas.models.network import Network
 from oneshot_ednas.reward import accuracy_product
+from oneshot_ednas.store import write_text
 from oneshot_ednas.tasks import Task
 
 Batch = dict[str, Tensor]
@@ -156,13 +157,13 @@ def weighted_sum(tasks: Mapping[str, Task], losses: Mapping[str, Tensor]) -> Ten
     return torch.stack([task.loss_weight * losses[name] for name, task in tasks.items()]).sum()
 
 
-def check_finite(losses: Mapping[str, Tensor], *, where: str, run: object) -> None:
+def check_finite(losses: Mapping[str, Tensor], *, where: str, run: Callable[[], object]) -> None:
     """Stop before a bad loss reaches the weights.
 
     Args:
         losses: loss per task.
         where: stage and step, for the message.
-        run: the architecture that produced them.
+        run: gives the architecture that produced them; called only when something is wrong.
 
     Raises:
         RuntimeError: naming step, task and architecture.
@@ -172,26 +173,26 @@ def check_finite(losses: Mapping[str, Tensor], *, where: str, run: object) -> No
         return
     bad = [name for name, loss in losses.items() if not bool(loss.detach().isfinite())]
     raise RuntimeError(
-        f"{where}: the loss of {', '.join(bad)} is not finite, architecture {run}; the last "
-        f"checkpoint is kept; lower the learning rate or check the labels, then --resume"
+        f"{where}: the loss of {', '.join(bad)} is not finite, architecture {run()}; the last "
+        f"checkpoint is kept; lower the learning rate or check the labels, then go on from it"
     )
 
 
-def check_gradient(norm: Tensor, *, where: str, run: object) -> None:
+def check_gradient(norm: Tensor, *, where: str, run: Callable[[], object]) -> None:
     """Stop before a bad gradient reaches what it would change; its loss may have been finite.
 
     Args:
         norm: norm of the whole gradient.
         where: stage and step, for the message.
-        run: the architecture that produced it.
+        run: gives the architecture that produced it; called only when something is wrong.
 
     Raises:
         RuntimeError: naming step and architecture.
     """
     if not bool(norm.isfinite()):
         raise RuntimeError(
-            f"{where}: the gradient is not finite, architecture {run}; the last checkpoint is "
-            f"kept; lower the learning rate or check the labels, then --resume"
+            f"{where}: the gradient is not finite, architecture {run()}; the last checkpoint is "
+            f"kept; lower the learning rate or check the labels, then go on from it"
         )
 
 
@@ -317,7 +318,7 @@ def _drop_lines_from(path: Path, stage: str, step: int) -> None:
             entry = json.loads(line)
             if entry["stage"] != stage or entry["step"] < step:
                 kept.append(line + "\n")
-    path.write_text("".join(kept), encoding="utf-8")
+    write_text(path, "".join(kept))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -369,7 +370,7 @@ def run_steps(
             is_asked_to_stop = stop.is_set
             if done % config.checkpoint_every == 0 or done == log.total or is_asked_to_stop:
                 save(done)
-            if is_asked_to_stop and done < log.total:
+            if is_asked_to_stop:
                 raise Interrupted(f"stopped after step {done} of {log.total} in {log.stage}")
 
 

@@ -518,3 +518,17 @@ def test_a_failure_inside_gets_status_1_and_debug_the_traceback(project, tmp_pat
     assert result.stderr == "error: search step 3: the loss of depth is not finite\n"
     with pytest.raises(RuntimeError, match="search step 3"):
         call("--debug", *arguments, "--resume")
+
+
+def test_a_run_folder_takes_neither_set_nor_out(finished_run, tmp_path):
+    for extra in (["--set", "search.steps=9"], ["--out", str(tmp_path / "other")]):
+        assert "a run folder keeps its config" in refused("search", finished_run, *extra)
+
+
+def test_an_architecture_of_ones_own_space_is_described_with_it(project, finished_run):
+    architecture = finished_run / "architecture.json"
+    assert "no search space" in refused("describe", architecture)
+    command = ["describe", architecture, "--space", project / "space.yaml", "--tasks", "depth=1"]
+    figures = json.loads(good(*command, "--json").stdout)
+    assert figures["parameters"] > 0
+    assert "--space is for an architecture" in refused("describe", "ednas_b0", "--space", "x")

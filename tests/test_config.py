@@ -73,7 +73,12 @@ def load_text(tmp_path, text, overrides=()):
         ("seed: 3", "seed: three", 1, "seed: expected a whole number, got 'three'"),
         ("  steps: 6", "  steps: many", 17, "search.steps: expected a whole number, got 'many'"),
         ("target_ms: 5.0", "target_ms: -5.0", 16, "latency: target_ms: expected a positive time"),
-        ("target_ms: 5.0", "target_ms: .nan", 16, "target_ms: expected a positive time, got nan"),
+        (
+            "target_ms: 5.0",
+            "target_ms: .nan",
+            16,
+            "target_ms: expected a finite number, got '.nan'",
+        ),
         ("[base, random]", "[bass]", 28, "baselines: expected some of base, random, got bass"),
         ("[base, random]", "[base, base]", 28, "baselines: each at most once"),
         ("kind: depth", "kind: deph", 15, "tasks.depth: unknown task kind deph; did you mean"),

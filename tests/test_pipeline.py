@@ -240,7 +240,7 @@ def test_a_space_or_data_that_changed_since_is_refused(project, finished_run, tm
     shutil.copytree(finished_run, out)
     text = (out / "space.yaml").read_text()
     (out / "space.yaml").write_text(text.replace("stem_filters: 8", "stem_filters: 16"))
-    with pytest.raises(ValueError, match=r"is another space than .*space.yaml now is"):
+    with pytest.raises(ValueError, match="the search space has changed since the run began"):
         new_run(project, out, resume=True)
     (out / "space.yaml").write_text(text)
     splits = read_json(out / "splits.json")
@@ -248,6 +248,18 @@ def test_a_space_or_data_that_changed_since_is_refused(project, finished_run, tm
     (out / "splits.json").write_text(json.dumps(splits))
     with pytest.raises(ValueError, match="the data has changed since the run began"):
         new_run(project, out, resume=True)
+    shutil.copy(finished_run / "splits.json", out)
+    digests = read_json(out / "data.json")
+    (out / "data.json").write_text(json.dumps(dict.fromkeys(digests, "0")))
+    with pytest.raises(ValueError, match="the data has changed since the run began"):
+        new_run(project, out, resume=True)
+    shutil.copy(finished_run / "data.json", out)
+    table = (out / "latency_table.csv").read_text()
+    (out / "latency_table.csv").write_text(table.replace("fixed_ms: ", "fixed_ms: 1"))
+    with pytest.raises(ValueError, match="the latency table has changed since the run began"):
+        new_run(project, out, resume=True)
+    (out / "latency_table.csv").write_text(table)
+    new_run(project, out, resume=True, overrides=["device=cpu", "data.workers=1"])
 
 
 @pytest.mark.parametrize(

@@ -72,16 +72,26 @@ def test_a_folder_is_read_as_its_manifest_says(rooms):
     assert 0.5 <= train.arrays["depth"].min() <= train.arrays["depth"].max() <= 9.0
 
 
-def test_the_folder_s_manifest_comes_before_the_config_s(rooms, tmp_path):
+def test_the_config_s_manifest_comes_before_the_folder_s(rooms, tmp_path):
     other = tmp_path / "other.yaml"
     other.write_text(MANIFEST.replace("rooms", "halls").replace("0.001", "0.002"))
-    train, _ = load_data(folder_config(root=str(rooms), manifest=str(other)), tasks())
+    train, _ = load_data(folder_config(root=str(rooms)), tasks())
     assert train.name == "rooms-train"
+    train, _ = load_data(folder_config(root=str(rooms), manifest=str(other)), tasks())
+    assert train.name == "halls-train"
     bare = write_rooms(tmp_path / "bare")
     (bare / "dataset.yaml").unlink()
     train, _ = load_data(folder_config(root=str(bare), manifest=str(other)), tasks())
     assert train.name == "halls-train"
     assert train.arrays["depth"].max() > 9.0
+
+
+def test_frames_that_are_trained_on_and_tested_on_are_refused(tmp_path):
+    rooms = write_rooms(tmp_path / "rooms")
+    (rooms / "test.txt").write_text("3\n4\n5\n")
+    message = "1 frames are in both rooms-train and rooms-test, for example 3"
+    with pytest.raises(ValueError, match=message):
+        load_data(folder_config(root=str(rooms)), tasks())
 
 
 @pytest.mark.parametrize(
@@ -90,6 +100,8 @@ def test_the_folder_s_manifest_comes_before_the_config_s(rooms, tmp_path):
         ({"source": "streets"}, "source streets needs train_frames and test_frames"),
         ({"source": "streets", "train_frames": 3}, "needs train_frames and test_frames"),
         ({"train_frames": 3}, "train_frames and test_frames belong to source streets"),
+        ({"train_split": "test"}, "train_split and test_split are both test"),
+        ({"workers": 0}, "workers: expected at least 1, got 0"),
         ({"height": 15}, "expected images of at least 16x16, got 15x32"),
     ]
     + [

@@ -128,11 +128,13 @@ def test_the_weighted_sum_uses_the_tasks_weights(tiny):
 
 def test_a_loss_that_is_not_finite_is_named_with_step_task_and_architecture(tiny):
     good = {"segmentation": torch.tensor(1.0), "depth": torch.tensor(2.0)}
-    check_finite(good, where="search step 7", run="any")
+    check_finite(good, where="search step 7", run=lambda: pytest.fail("asked for nothing"))
     run = tiny.space.base_architecture
     for value in (math.nan, math.inf):
         with pytest.raises(RuntimeError, match="search step 7: the loss of depth is not fin") as e:
-            check_finite(good | {"depth": torch.tensor(value)}, where="search step 7", run=run)
+            check_finite(
+                good | {"depth": torch.tensor(value)}, where="search step 7", run=lambda: run
+            )
         assert str(run) in str(e.value)
         assert "segmentation" not in str(e.value).split("architecture")[0]
 
@@ -215,8 +217,8 @@ def logged(folder) -> list[tuple[str, int]]:
     return [(entry["stage"], entry["step"]) for entry in map(json.loads, lines)]
 
 
-def loop(folder, *, take_step, start=0, total=6, config=None, stage="s"):
-    saved = []
+def loop(folder, *, take_step, start=0, total=6, config=None, stage="s", saved=None):
+    saved = [] if saved is None else saved
     with StageLog(folder, stage, total=total, start=start) as log:
         run_steps(
             log,
@@ -309,13 +311,15 @@ def test_a_request_between_the_two_checks_of_a_step_waits_for_the_next_checkpoin
     assert f"after step {saved[-1]} of" in str(stop.value)
 
 
-def test_a_signal_in_the_last_step_ends_the_stage_normally(tmp_path):
+def test_a_signal_in_the_last_step_stops_before_the_next_stage(tmp_path):
     def take_step(step):
         if step == 1:
             os.kill(os.getpid(), signal.SIGINT)
         return {"x": 0.0}
 
-    saved, _ = loop(tmp_path, take_step=take_step, total=2)
+    saved = []
+    with pytest.raises(Interrupted, match="stopped after step 2 of 2"):
+        loop(tmp_path, take_step=take_step, total=2, saved=saved)
     assert saved == [2]
 
 

@@ -106,7 +106,7 @@ def write_project(folder: Path, table: LatencyTable) -> Path:
 
 def new_run(project: Path, out: Path, *, overrides=(), resume: bool = False) -> Run:
     path = project / "config.yaml"
-    run = Run(load_config(path, overrides), out, config_path=path)
+    run = Run(load_config(path, overrides), out)
     run.open(resume=resume)
     return run
 

@@ -65,6 +65,16 @@ class PackedSplit:
         """Frames that have a depth map, but no valid pixel in it."""
         return int(self.without_depth[self.indices].sum())
 
+    def digest(self) -> str:
+        """SHA-256 over all that the frames hold: the same data, wherever it lies."""
+        found = hashlib.sha256()
+        for name in sorted(self.arrays):
+            array = self.arrays[name]
+            found.update(f"{name} {array.dtype} {array.shape[1:]}".encode())
+            for row in self.indices:
+                found.update(array[row].tobytes())
+        return found.hexdigest()
+
     def subset(self, indices: Sequence[int] | Integer[np.ndarray, " part"]) -> "PackedSplit":
         """The given frames of this split, in the given order.
 

@@ -43,6 +43,10 @@ class DataConfig:
         """Each source needs its own settings and none of the other's."""
         if self.height < 16 or self.width < 16:
             raise ValueError(f"expected images of at least 16x16, got {self.height}x{self.width}")
+        if self.train_split == self.test_split:
+            raise ValueError(f"train_split and test_split are both {self.train_split}")
+        if self.workers is not None and self.workers < 1:
+            raise ValueError(f"workers: expected at least 1, got {self.workers}")
         frames = (self.train_frames, self.test_frames)
         if self.source == "streets":
             if None in frames:
@@ -88,9 +92,6 @@ def load_data(config: DataConfig, tasks: Mapping[str, Task]) -> tuple[PackedSpli
     else:
         folder = _folder(config)
         manifest = None if config.manifest is None else find_file(config.manifest, beside=folder)
-        # The data folder's own manifest comes before the config's: it is nearer to the data.
-        if (folder / "dataset.yaml").is_file():
-            manifest = None
 
         def load(split: str, progress: Callable[[int, int], None]) -> PackedSplit:
             return manifest_split(
@@ -106,6 +107,12 @@ def load_data(config: DataConfig, tasks: Mapping[str, Task]) -> tuple[PackedSpli
             )
 
     train, test = (_with_progress(split, load) for split in (config.train_split, config.test_split))
+    shared = set(train.sources) & set(test.sources)
+    if shared:
+        raise ValueError(
+            f"{len(shared)} frames are in both {train.name} and {test.name}, for example "
+            f"{min(shared)}; a test on frames that were trained on means nothing"
+        )
     for split in (train, test):
         _check_tasks(split, tasks)
     return train, test

@@ -118,8 +118,9 @@ class LatencyTable:
         except KeyError:
             height, width = self.image_size
             raise ValueError(
-                f"no row in {self.name} for {operation}; build a table that has it with "
-                f"oneshot-ednas latency table SPACE --image-size {height} {width} --out CSV"
+                f"no row in {self.name} for {operation}; build a table for your space and tasks "
+                f"with oneshot-ednas latency table SPACE --image-size {height} {width} "
+                f"--tasks NAME=CHANNELS,... --out CSV"
             ) from None
 
     def check_image_size(self, height: int, width: int) -> None:
@@ -132,7 +133,8 @@ class LatencyTable:
             raise ValueError(
                 f"{self.name} is for images of {self.header.image_height}x"
                 f"{self.header.image_width}, got {height}x{width}; build one with "
-                f"oneshot-ednas latency table SPACE --image-size {height} {width} --out CSV"
+                f"oneshot-ednas latency table {self.header.space} --image-size {height} {width} "
+                f"--out CSV"
             )
 
     def costs(

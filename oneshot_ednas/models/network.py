@@ -134,11 +134,11 @@ def recalibrate_bn(
     Raises:
         ValueError: if there is no batch.
     """
+    if architecture is None and not network.space.is_fixed:
+        raise ValueError("a supernet's BN is recalibrated for one architecture: name it")
     layers = [layer for layer in network.modules() if isinstance(layer, ElasticBatchNorm)]
-    was_training = network.training
-    network.train()
     count = 0
-    with _momentum_of(layers):
+    with _training_with_own_momentum(network, layers):
         for count, images in enumerate(batches, start=1):
             for layer in layers:
                 if count == 1:
@@ -146,18 +146,20 @@ def recalibrate_bn(
                     layer.running_var.fill_(1)
                 layer.momentum = 1 / count
             network(images, architecture)
-    network.train(was_training)
     if count == 0:
         raise ValueError("recalibrating BN needs at least one batch of images")
 
 
 @contextmanager
-def _momentum_of(layers: list[ElasticBatchNorm]) -> Iterator[None]:
-    """Restore the layers' momentum at the end."""
+def _training_with_own_momentum(network: Network, layers: list[ElasticBatchNorm]) -> Iterator[None]:
+    """Training mode for a while; mode and the layers' momentum are restored at the end."""
+    was_training = network.training
     before = [layer.momentum for layer in layers]
+    network.train()
     try:
         yield
     finally:
+        network.train(was_training)
         for layer, momentum in zip(layers, before, strict=True):
             layer.momentum = momentum
 

@@ -114,8 +114,7 @@ def jared(
         Vu et al., Toward Edge-Efficient Dense Predictions with Synergistic Multi-Task Neural
         Architecture Search, WACV 2023, eq. 8, https://arxiv.org/abs/2210.01384
     """
-    error = _absolute_error(pred, target, valid)
-    return _mean(error + relative_weight * (error / torch.where(valid, target, 1)), valid)
+    return depth_l1(pred, target, valid) + relative_weight * depth_relative(pred, target, valid)
 
 
 def inverse_cosine_similarity(

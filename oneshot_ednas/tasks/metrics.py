@@ -183,14 +183,14 @@ def depth_sums(
     """
     _check_one_shape(pred, target)
     valid = valid_depth(target)
-    truth = torch.where(valid, target, 1).double()
-    guess = torch.where(valid, pred, 1).double()
+    truth = _wide(torch.where(valid, target, 1))
+    guess = _wide(torch.where(valid, pred, 1))
     error = (guess - truth).abs()
     positive = guess.clamp_min(_MIN_DEPTH_M)
     ratio = torch.maximum(positive / truth, truth / positive)
     sums = [error.sum(), (error / truth).sum(), error.square().sum()]
     sums += [((ratio < 1.25**k) & valid).sum() for k in (1, 2, 3)]
-    return torch.cat([torch.stack([s.double() for s in sums]), _common_counts(valid).double()])
+    return torch.cat([torch.stack([_wide(s) for s in sums]), _wide(_common_counts(valid))])
 
 
 def depth_scores(sums: Sequence[int | float]) -> tuple[float, ...]:
@@ -218,16 +218,16 @@ def normals_sums(
     """
     _check_one_shape(pred, target)
     valid = valid_normals(target)
-    truth = torch.where(valid, target, 0).double()
-    guess = torch.where(valid, pred, 0).double()
+    truth = _wide(torch.where(valid, target, 0))
+    guess = _wide(torch.where(valid, pred, 0))
     # atan2 is exact for small angles, where acos of a rounded cosine is off by 0.02 degrees.
     sine = torch.linalg.vector_norm(torch.linalg.cross(guess, truth, dim=1), dim=1, keepdim=True)
     angle_deg = torch.rad2deg(torch.atan2(sine, (guess * truth).sum(dim=1, keepdim=True)))
     has_direction = (guess != 0).any(dim=1, keepdim=True)
     angle_deg = torch.where(valid, torch.where(has_direction, angle_deg, 90.0), 0.0)
     sums = [angle_deg.sum()]
-    sums += [((angle_deg < limit) & valid).sum().double() for limit in _ANGLES_DEG]
-    return torch.cat([torch.stack(sums), _common_counts(valid).double()])
+    sums += [_wide(((angle_deg < limit) & valid).sum()) for limit in _ANGLES_DEG]
+    return torch.cat([torch.stack(sums), _wide(_common_counts(valid))])
 
 
 def normals_scores(sums: Sequence[int | float]) -> tuple[float, ...]:
@@ -278,6 +278,11 @@ def _common_counts(valid: Tensor) -> Tensor:
     has_valid = valid.flatten(start_dim=1).any(dim=1)
     counts = [valid.sum(), (~has_valid).sum(), torch.ones_like(has_valid).sum()]
     return torch.stack(counts)
+
+
+def _wide(values: Tensor) -> Tensor:
+    """float64 where the device has it; Apple's GPUs have float32 alone."""
+    return values.float() if values.device.type == "mps" else values.double()
 
 
 def _check_one_shape(pred: Tensor, target: Tensor) -> None:
