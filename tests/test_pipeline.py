@@ -13,8 +13,9 @@ from tiny import new_run, tiny_table
 from oneshot_ednas.architecture import Architecture
 from oneshot_ednas.config import ExperimentConfig, load_config
 from oneshot_ednas.latency.table import LatencyTable
-from oneshot_ednas.pipeline import RunFiles, run_all
+from oneshot_ednas.pipeline import run_all
 from oneshot_ednas.ranking import rank_candidates
+from oneshot_ednas.run_folder import RunFiles
 from oneshot_ednas.schema import load_yaml, read_json
 from oneshot_ednas.space import SearchSpace
 from oneshot_ednas.store import load_checkpoint
@@ -283,7 +284,7 @@ def test_what_cannot_work_is_refused_before_a_folder_is_made(project, tmp_path, 
 
 
 def test_a_random_baseline_that_finds_nothing_is_refused_at_once(project, tmp_path, monkeypatch):
-    monkeypatch.setattr("oneshot_ednas.pipeline.MAX_RANDOM_DRAWS", 3)
+    monkeypatch.setattr("oneshot_ednas.run_folder.MAX_RANDOM_DRAWS", 3)
     with pytest.raises(ValueError, match=r"none of 3 random architectures is inside 4.364 ms"):
         new_run(project, tmp_path / "run", overrides=["latency.target_ms=4.364"])
     assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,110 @@
+"""What all commands share: the group, options, errors as one line, tables on the console."""
+
+import sys
+import warnings
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import ParamSpec, TextIO
+
+import click
+from rich.console import Console
+
+P = ParamSpec("P")
+DEFAULT_TASKS = "segmentation=19,depth=1"
+
+
+def bad_input(function: Callable[P, None]) -> Callable[P, None]:
+    """Turn errors into one line and an exit status; `--debug` keeps the traceback."""
+
+    @wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> None:
+        # Imported late: --help and bad arguments should not wait for torch.
+        from oneshot_ednas.training import Interrupted
+
+        warnings.showwarning = _show_warning
+        if click.get_current_context().find_root().params.get("debug"):
+            function(*args, **kwargs)
+            return
+        try:
+            function(*args, **kwargs)
+        except Interrupted as stop:
+            _fail(f"{stop}; {_how_to_go_on()}", status=130)
+        except (ValueError, OSError) as error:
+            _fail(_one_line(error), status=2)
+        except RuntimeError as error:
+            _fail(_one_line(error), status=1)
+
+    return wrapper
+
+
+def _how_to_go_on() -> str:
+    has_resume = any(o.name == "resume" for o in click.get_current_context().command.params)
+    return "go on with --resume" if has_resume else "go on with the same command"
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """One line, without the place in our code that Python would print."""
+    del category, filename, lineno, file, line
+    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split())
+
+
+def _fail(message: str, *, status: int) -> None:
+    print(f"error: {message}" if status != 130 else message, file=sys.stderr)
+    sys.exit(status)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="oneshot-ednas")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def main(debug: bool) -> None:
+    """One-shot architecture search for multi-task dense prediction on the Coral Edge TPU."""
+
+
+out_option = click.option(
+    "--out", "out", type=click.Path(path_type=Path), required=True, help="Run folder."
+)
+data_option = click.option(
+    "--data", "data", type=click.Path(path_type=Path), help="Data folder, for source: folder."
+)
+set_option = click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one setting."
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+resume_option = click.option("--resume", is_flag=True, help="Go on with the run in the folder.")
+
+
+def console() -> Console:
+    """Standard output, as wide as the terminal."""
+    # Piped output is not folded to 80 columns.
+    return Console(width=None if sys.stdout.isatty() else 200)
+
+
+def read_channels(text: str) -> dict[str, int]:
+    """Output channels per task from `name=channels,...`.
+
+    Raises:
+        ValueError: for another form, or a name given twice.
+    """
+    channels: dict[str, int] = {}
+    for part in text.split(","):
+        name, separator, count = part.strip().partition("=")
+        if not separator or not count.isdigit() or int(count) < 1 or not name:
+            raise ValueError(f"--tasks: expected name=channels, as {DEFAULT_TASKS}; got {part!r}")
+        if name in channels:
+            raise ValueError(f"--tasks: {name} is given twice")
+        channels[name] = int(count)
+    return channels

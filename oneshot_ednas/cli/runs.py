@@ -1,0 +1,233 @@
+"""Commands on runs: demo, run, and the stages one by one."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.table import Table
+
+from oneshot_ednas.cli.common import (
+    bad_input,
+    console,
+    data_option,
+    json_option,
+    main,
+    out_option,
+    resume_option,
+    set_option,
+)
+from oneshot_ednas.schema import find_file, read_json
+
+if TYPE_CHECKING:
+    from oneshot_ednas.config import ExperimentConfig
+    from oneshot_ednas.pipeline import Run
+
+
+@main.command()
+@click.argument("config")
+@out_option
+@data_option
+@set_option
+@resume_option
+@json_option
+@bad_input
+def run(
+    config: str,
+    out: Path,
+    data: Path | None,
+    overrides: tuple[str, ...],
+    resume: bool,
+    as_json: bool,
+) -> None:
+    """Search, derive, retrain, evaluate and report.
+
+    Example: oneshot-ednas run configs/demo.yaml --out runs/demo
+    """
+    from oneshot_ednas.pipeline import run_all
+
+    one = _start(config, out, data, overrides, resume=resume)
+    _print_results(run_all(one), out, as_json=as_json)
+
+
+@main.command()
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("runs/demo"),
+    show_default=True,
+    help="Run folder.",
+)
+@resume_option
+@json_option
+@bad_input
+def demo(out: Path, resume: bool, as_json: bool) -> None:
+    """The whole pipeline on the embedded data, in minutes, on two CPU cores.
+
+    Example: oneshot-ednas demo --out runs/demo
+    """
+    from oneshot_ednas.pipeline import run_all
+
+    one = _start("configs/demo.yaml", out, None, (), resume=resume)
+    _print_results(run_all(one), out, as_json=as_json)
+
+
+@main.command()
+@click.argument("config_or_run")
+@click.option("--out", type=click.Path(path_type=Path), help="Run folder, to start from a config.")
+@data_option
+@set_option
+@resume_option
+@json_option
+@bad_input
+def search(
+    config_or_run: str,
+    out: Path | None,
+    data: Path | None,
+    overrides: tuple[str, ...],
+    resume: bool,
+    as_json: bool,
+) -> None:
+    """Train the supernet and its architecture parameters.
+
+    Example: oneshot-ednas search configs/demo.yaml --out runs/demo
+    """
+    if Path(config_or_run).is_dir():
+        if out is not None or overrides:
+            raise ValueError("a run folder keeps its config: --out and --set are for a new run")
+        one = _reopen(Path(config_or_run), data)
+    elif out is None:
+        raise ValueError("search from a config needs --out DIR")
+    else:
+        one = _start(config_or_run, out, data, overrides, resume=resume)
+    one.search()
+    _print_stage(one, "search", as_json=as_json)
+
+
+def _stage(name: str, help_text: str) -> None:
+    @main.command(name, help=f"{help_text}\n\nExample: oneshot-ednas {name} runs/demo")
+    @click.argument("run_folder", type=click.Path(path_type=Path))
+    @data_option
+    @json_option
+    @bad_input
+    def command(run_folder: Path, data: Path | None, as_json: bool) -> None:
+        one = _reopen(run_folder, data)
+        getattr(one, name)()
+        if name == "evaluate":
+            one.report()
+            _print_results(_results(run_folder), run_folder, as_json=as_json)
+        else:
+            _print_stage(one, name, as_json=as_json)
+
+
+_stage("derive", "Find the best architecture inside the latency target, exactly.")
+_stage("retrain", "Train the derived architecture (and the baselines) from scratch.")
+_stage("evaluate", "Score the trained networks on the test split; write results and report.")
+
+
+def _start(
+    config: str, out: Path, data: Path | None, overrides: tuple[str, ...], *, resume: bool
+) -> "Run":
+    from oneshot_ednas.config import load_config
+    from oneshot_ednas.pipeline import Run
+
+    path = find_file(config)
+    one = Run(_with_data(load_config(path, overrides), data), out)
+    one.open(resume=resume)
+    return one
+
+
+def _reopen(folder: Path, data: Path | None) -> "Run":
+    from oneshot_ednas.config import load_config
+    from oneshot_ednas.pipeline import Run
+    from oneshot_ednas.run_folder import RunFiles
+
+    path = RunFiles(folder).config
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} is no run folder: it has no config.yaml")
+    one = Run(_with_data(load_config(path), data), folder)
+    one.open(resume=True)
+    return one
+
+
+def _with_data(config: "ExperimentConfig", data: Path | None) -> "ExperimentConfig":
+    """The config with the data folder of --data, absolute, so that later stages find it."""
+    if data is None:
+        return config
+    return replace(config, data=replace(config.data, root=str(data.resolve())))
+
+
+def _print_stage(one: "Run", name: str, *, as_json: bool) -> None:
+    """What a stage before the evaluation has come to."""
+    from oneshot_ednas.architecture import Architecture
+
+    figures: dict[str, Any] = {
+        "run": str(one.files.folder),
+        "stage": name,
+        "target_ms": one.target_ms,
+    }
+    if name == "search":
+        figures["steps"] = one.one_shot.step
+        figures["expected_latency_ms"] = float(one.one_shot.expected_latency().detach())
+        figures["alarms"] = one.one_shot.alarms()
+    elif name == "derive":
+        best = read_json(one.files.candidates)["candidates"][0]
+        figures["architecture"] = str(Architecture.load(one.files.architecture))
+        figures |= {key: best[key] for key in ("latency_ms", "reward", "metrics")}
+    elif name == "retrain":
+        seeds = range(one.config.retrain.num_seeds)
+        figures["networks"] = [f"retrain.seed_{number}" for number in seeds]
+        figures["networks"] += [f"baseline.{baseline}" for baseline in one.config.baselines]
+    if as_json:
+        print(json.dumps(figures))
+        return
+    table = Table(show_header=False)
+    for key, value in figures.items():
+        table.add_row(key, _shown(value))
+    console().print(table)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return "\n".join(value) or "none"
+    if isinstance(value, dict):
+        return "\n".join(f"{key}: {_shown(item)}" for key, item in value.items())
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
+def _results(folder: Path) -> Any:
+    return read_json(folder / "results.json")
+
+
+def _print_results(results: Mapping[str, Any], folder: Path, *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(results))
+        return
+    table = Table(title=f"test split, target {results['target_ms']:g} ms")
+    for column in ("network", "latency ms", "in budget", "reward", "params", "GMACs"):
+        table.add_column(column, justify="left" if column == "network" else "right")
+    columns = [(task, name) for task, values in results["metrics"].items() for name in values]
+    shown = [c for c in columns if c[1] not in _DETAILS]
+    for task, name in shown:
+        table.add_column(f"{task}\n{name}", justify="right")
+    rows = {"derived": results, **results["baselines"]}
+    for name, row in rows.items():
+        table.add_row(
+            name,
+            f"{row['latency_ms']:.3f}",
+            "yes" if row["is_inside_target"] else "no",
+            f"{row['reward']:.4f}",
+            f"{row['parameters'] / 1e6:.2f} M",
+            f"{row['gmacs']:.3f}",
+            *(f"{row['metrics'][task][metric]:.3f}" for task, metric in shown),
+        )
+    console().print(table)
+    seconds = sum(results["seconds"].values())
+    print(f"architecture: {results['architecture']}")
+    print(f"{seconds:.0f} s in all; report: {folder / 'report.html'}")
+
+
+_DETAILS = ("rmse", "delta_1", "delta_2", "delta_3", "within_22", "within_30")
+"""Metrics left to the report."""

@@ -1,0 +1,254 @@
+"""A run folder: what a run reads and writes, checked before the first step."""
+
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from oneshot_ednas import __version__
+from oneshot_ednas.architecture import Architecture
+from oneshot_ednas.config import ExperimentConfig, first_difference, what_defines
+from oneshot_ednas.data.order import split_indices
+from oneshot_ednas.data.packed import PackedSplit
+from oneshot_ednas.data.source import load_data
+from oneshot_ednas.latency.costs import SpaceCosts
+from oneshot_ednas.latency.table import LatencyTable
+from oneshot_ednas.schema import dump_yaml, find_file, load_yaml, read_json
+from oneshot_ednas.search import check_target
+from oneshot_ednas.space import named_space
+from oneshot_ednas.store import write_json, write_text
+from oneshot_ednas.tasks import Task, make_tasks
+from oneshot_ednas.training import (
+    choose_device,
+    numpy_generator,
+)
+
+MAX_RANDOM_DRAWS = 20_000
+"""Draws for a random architecture inside the target before giving up."""
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """Where a run keeps things."""
+
+    folder: Path
+
+    @property
+    def config(self) -> Path:
+        """The config with every setting spelled out."""
+        return self.folder / "config.yaml"
+
+    @property
+    def space(self) -> Path:
+        """The search space."""
+        return self.folder / "space.yaml"
+
+    @property
+    def splits(self) -> Path:
+        """Frames of the weight, alpha and validation splits."""
+        return self.folder / "splits.json"
+
+    @property
+    def data(self) -> Path:
+        """Digests of the images and targets."""
+        return self.folder / "data.json"
+
+    @property
+    def table(self) -> Path:
+        """The latency table."""
+        return self.folder / "latency_table.csv"
+
+    @property
+    def architecture(self) -> Path:
+        """The derived architecture."""
+        return self.folder / "architecture.json"
+
+    @property
+    def candidates(self) -> Path:
+        """The ranked candidates and the Pareto front."""
+        return self.folder / "candidates.json"
+
+    @property
+    def results(self) -> Path:
+        """Figures of the run."""
+        return self.folder / "results.json"
+
+    @property
+    def seconds(self) -> Path:
+        """Time per stage, over all sittings."""
+        return self.folder / "seconds.json"
+
+    def checkpoint(self, stage: str) -> Path:
+        """Checkpoint of a stage."""
+        return self.folder / "checkpoints" / f"{stage}.safetensors"
+
+
+class Experiment:
+    """A config with all that it names, loaded and checked, and its run folder."""
+
+    def __init__(self, config: ExperimentConfig, folder: Path) -> None:
+        """Load and check everything that can be wrong before a file is written.
+
+        Args:
+            config: the config, its files named as `load_config` does.
+            folder: the run folder; need not exist yet.
+
+        Raises:
+            ValueError: for whatever is wrong in config, space, table, data or target.
+            FileNotFoundError: for a missing file.
+        """
+        self.config, self.files = config, RunFiles(folder)
+        self.device = choose_device(config.device)
+        self.tasks: dict[str, Task] = make_tasks(config.tasks)
+        self.out_channels = {name: task.out_channels for name, task in self.tasks.items()}
+        self.space = named_space(config.space)
+        self.table = LatencyTable.load(find_file(config.latency.table))
+        self.table.check_image_size(*config.data.image_size)
+        if self.table.header.held_out_mape is None and not config.latency.allow_uncalibrated:
+            raise ValueError(
+                f"the error of {self.table.name} on whole networks is unknown "
+                f"(held_out_mape is null); use a calibrated table, or set "
+                f"latency.allow_uncalibrated=true"
+            )
+        self.costs: SpaceCosts = self.table.costs(self.space, self.out_channels)
+        self.target_ms = config.latency.target_ms
+        check_target(self.table, self.space, self.out_channels, self.target_ms)
+        self.train, self.test = load_data(config.data, self.tasks)
+        indices = split_indices(len(self.train), config.search.splits, config.seed)
+        smallest = min(len(indices["weights"]), len(indices["alpha"]))
+        if config.search.batch_size > smallest:
+            raise ValueError(
+                f"search.batch_size is {config.search.batch_size}, the smaller of the weight and "
+                f"alpha splits has {smallest} frames; lower it or use more frames"
+            )
+        if config.retrain.batch_size > len(self.train):
+            raise ValueError(
+                f"retrain.batch_size is {config.retrain.batch_size}, the training split has "
+                f"{len(self.train)} frames; lower it or use more frames"
+            )
+        for name in config.baselines:
+            self.baseline(name)  # drawn again when needed; refused before anything is trained
+        self.indices = indices
+        self._check_depth()
+
+    def _check_depth(self) -> None:
+        """Refuse splits on which a metric would have nothing to score, before training for it."""
+        scored = {"test": self.test, "validation": self.part("validation")}
+        for name, split in scored.items():
+            if "depth" in self.tasks and split.num_invalid_depth_frames == len(split):
+                raise ValueError(f"none of the {len(split)} {name} frames has a valid depth")
+
+    # Folder ---------------------------------------------------------------------------------
+
+    def open(self, *, resume: bool) -> None:
+        """Start the run folder, or go on with it.
+
+        Raises:
+            ValueError: if the folder holds another config, another data order, something else
+                than a run, or this run and `resume` was not asked for.
+        """
+        files = self.files
+        if files.config.exists():
+            held = load_yaml(files.config, ExperimentConfig)
+            difference = first_difference(what_defines(held), what_defines(self.config))
+            if difference:
+                raise ValueError(
+                    f"{files.folder} already holds a run of another config ({difference}); "
+                    f"choose another --out"
+                )
+            if not resume:
+                raise ValueError(f"{files.folder} already holds this run; go on with --resume")
+        elif files.folder.exists() and any(files.folder.iterdir()):
+            raise ValueError(f"{files.folder} is not empty and holds no run; choose another --out")
+        splits = {
+            name: [self.train.sources[i] for i in part] for name, part in self.indices.items()
+        }
+        digests = {split.name: split.digest() for split in (self.train, self.test)}
+        contents = {
+            files.space: ("search space", self.space.to_yaml()),
+            files.table: ("latency table", self.table.to_text()),
+            files.splits: ("data", json.dumps(splits, indent=1) + "\n"),
+            files.data: ("data", json.dumps(digests, indent=1) + "\n"),
+            files.config: ("config", dump_yaml(self.config)),
+        }
+        for path, (what, text) in contents.items():
+            is_other = path.exists() and path.read_text(encoding="utf-8") != text
+            if is_other and path != files.config:
+                raise ValueError(
+                    f"the {what} has changed since the run began (it is no longer that of {path}); "
+                    f"restore it, or start anew with another --out"
+                )
+        for path, (_, text) in contents.items():
+            write_text(path, text)
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add the time of a block to a stage, also when it is interrupted."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = self.seconds
+            spent = seconds.get(stage, 0.0) + time.perf_counter() - began
+            write_json(self.files.seconds, seconds | {stage: round(spent, 2)})
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds per stage so far."""
+        path = self.files.seconds
+        return dict(read_json(path)) if path.exists() else {}
+
+    def part(self, name: str) -> PackedSplit:
+        """The `weights`, `alpha` or `validation` split."""
+        return self.train.subset(self.indices[name])
+
+    def baseline(self, name: str) -> Architecture:
+        """The architecture of a baseline.
+
+        Raises:
+            ValueError: if no random draw fits the target.
+        """
+        if name == "base":
+            return self.space.base_architecture
+        generator = numpy_generator(self.config.seed, "random baseline")
+        for _ in range(MAX_RANDOM_DRAWS):
+            architecture = self.space.sample(generator)
+            if self.costs.latency_ms(architecture) <= self.target_ms:
+                return architecture
+        raise ValueError(
+            f"none of {MAX_RANDOM_DRAWS} random architectures is inside {self.target_ms:g} ms; "
+            f"raise latency.target_ms or leave out the baseline random"
+        )
+
+
+def _git_revision() -> str:
+    """Revision of the checkout that the package runs from; empty for an installed one."""
+    here = Path(__file__).resolve().parent
+    if not (here.parent / ".git").exists():
+        return ""
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:  # no git on this machine
+        return ""
+    return found.stdout.strip()
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    """What a result depends on besides config and data."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {
+        "oneshot_ednas": __version__,
+        "git_revision": _git_revision(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "device": f"{device.type} ({name}), {torch.get_num_threads()} threads",
+    }
