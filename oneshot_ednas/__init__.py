@@ -14,25 +14,22 @@ The data flow in ten lines:
     inherit_weights(network, supernet, best)                    # or train it from scratch
 """
 
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from oneshot_ednas.architecture import Architecture, BlockArchitecture
-    from oneshot_ednas.derive import derive_architectures, pareto_front
-    from oneshot_ednas.latency.expected import expected_latency
-    from oneshot_ednas.latency.table import LatencyTable
-    from oneshot_ednas.models.network import (
-        Network,
-        build_network,
-        derived_network,
-        inherit_weights,
-        recalibrate_bn,
-    )
-    from oneshot_ednas.relaxation import ArchitectureParameters, BlockGates, Gates, one_hot_gates
-    from oneshot_ednas.reward import accuracy_product, deltas, reward
-    from oneshot_ednas.space import SearchSpace, ednas_b0, ednas_tiny, named_space
+from oneshot_ednas.architecture import Architecture, BlockArchitecture
+from oneshot_ednas.derive import derive_architectures, pareto_front
+from oneshot_ednas.latency.expected import expected_latency
+from oneshot_ednas.latency.table import LatencyTable
+from oneshot_ednas.models.network import (
+    Network,
+    build_network,
+    derived_network,
+    inherit_weights,
+    recalibrate_bn,
+)
+from oneshot_ednas.relaxation import ArchitectureParameters, BlockGates, Gates, one_hot_gates
+from oneshot_ednas.reward import accuracy_product, deltas, reward
+from oneshot_ednas.space import SearchSpace, ednas_b0, ednas_tiny, named_space
 
 try:
     __version__ = version("oneshot-ednas")
@@ -64,35 +61,3 @@ __all__ = [
     "recalibrate_bn",
     "reward",
 ]
-
-_HOMES = {
-    "Architecture": "oneshot_ednas.architecture",
-    "ArchitectureParameters": "oneshot_ednas.relaxation",
-    "BlockArchitecture": "oneshot_ednas.architecture",
-    "BlockGates": "oneshot_ednas.relaxation",
-    "Gates": "oneshot_ednas.relaxation",
-    "LatencyTable": "oneshot_ednas.latency.table",
-    "Network": "oneshot_ednas.models.network",
-    "SearchSpace": "oneshot_ednas.space",
-    "accuracy_product": "oneshot_ednas.reward",
-    "build_network": "oneshot_ednas.models.network",
-    "deltas": "oneshot_ednas.reward",
-    "derive_architectures": "oneshot_ednas.derive",
-    "derived_network": "oneshot_ednas.models.network",
-    "ednas_b0": "oneshot_ednas.space",
-    "ednas_tiny": "oneshot_ednas.space",
-    "expected_latency": "oneshot_ednas.latency.expected",
-    "inherit_weights": "oneshot_ednas.models.network",
-    "named_space": "oneshot_ednas.space",
-    "one_hot_gates": "oneshot_ednas.relaxation",
-    "pareto_front": "oneshot_ednas.derive",
-    "recalibrate_bn": "oneshot_ednas.models.network",
-    "reward": "oneshot_ednas.reward",
-}
-
-
-def __getattr__(name: str) -> object:
-    """Import a public name when it is first used: the search space and the tables need no torch."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)

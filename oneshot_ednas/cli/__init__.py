@@ -1,7 +1,7 @@
 """The command line: parse, call the package, print a table or one JSON object.
 
 Exit status: 0 on success, 1 for a failure inside, 2 for bad input (one clear line), 130 when
-stopped by the user. Commands import what they need when they run, so that --help is quick.
+stopped by the user.
 """
 
 from oneshot_ednas.cli import describe, latency, runs

@@ -10,6 +10,8 @@ from typing import ParamSpec, TextIO
 import click
 from rich.console import Console
 
+from oneshot_ednas.training import Interrupted
+
 P = ParamSpec("P")
 DEFAULT_TASKS = "segmentation=19,depth=1"
 
@@ -19,9 +21,6 @@ def bad_input(function: Callable[P, None]) -> Callable[P, None]:
 
     @wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> None:
-        # Imported late: --help and bad arguments should not wait for torch.
-        from oneshot_ednas.training import Interrupted
-
         warnings.showwarning = _show_warning
         if click.get_current_context().find_root().params.get("debug"):
             function(*args, **kwargs)

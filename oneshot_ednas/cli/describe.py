@@ -3,11 +3,12 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 from rich.table import Table
 
+from oneshot_ednas.architecture import Architecture
 from oneshot_ednas.cli.common import (
     DEFAULT_TASKS,
     bad_input,
@@ -16,12 +17,12 @@ from oneshot_ednas.cli.common import (
     main,
     read_channels,
 )
+from oneshot_ednas.config import load_config
+from oneshot_ednas.describe import describe_network, describe_space
+from oneshot_ednas.latency.table import LatencyTable
 from oneshot_ednas.schema import find_file
-
-if TYPE_CHECKING:
-    from oneshot_ednas.architecture import Architecture
-    from oneshot_ednas.latency.table import LatencyTable
-    from oneshot_ednas.space import SearchSpace
+from oneshot_ednas.space import SearchSpace, named_space
+from oneshot_ednas.tasks import make_tasks
 
 DEFAULT_IMAGE_SIZE = (256, 256)
 
@@ -50,9 +51,6 @@ def describe(
     Example: oneshot-ednas describe ednas_b0 --tasks segmentation=19,depth=1
     --table latency_tables/edgetpu_sim_256x256.csv
     """
-    from oneshot_ednas.describe import describe_network, describe_space
-    from oneshot_ednas.latency.table import LatencyTable
-
     subject = _subject(what, space)
     channels = (
         read_channels(tasks) if tasks else subject.out_channels or read_channels(DEFAULT_TASKS)
@@ -83,9 +81,6 @@ class _Subject:
 
 
 def _subject(what: str, space: str | None) -> _Subject:
-    from oneshot_ednas.architecture import Architecture
-    from oneshot_ednas.space import SearchSpace, named_space
-
     path = Path(what)
     if path.is_dir():
         subject = _config_subject(path / "config.yaml")
@@ -110,11 +105,6 @@ def _subject(what: str, space: str | None) -> _Subject:
 
 
 def _config_subject(path: Path) -> _Subject:
-    from oneshot_ednas.config import load_config
-    from oneshot_ednas.latency.table import LatencyTable
-    from oneshot_ednas.space import named_space
-    from oneshot_ednas.tasks import make_tasks
-
     config = load_config(path)
     subject = _Subject(named_space(config.space))
     tasks = make_tasks(config.tasks)

@@ -14,6 +14,10 @@ from oneshot_ednas.cli.common import (
     main,
     read_channels,
 )
+from oneshot_ednas.latency.published import score_networks
+from oneshot_ednas.latency.simulate import simulate_table
+from oneshot_ednas.space import named_space
+from oneshot_ednas.store import write_text
 
 HEAD_CHANNELS = 64
 """Simulated tables hold classifier rows for 1 to this many output channels."""
@@ -33,8 +37,6 @@ def latency_check(networks_json: Path, as_json: bool) -> None:
 
     Example: oneshot-ednas latency check networks.json --json
     """
-    from oneshot_ednas.latency.published import score_networks
-
     scores = score_networks(networks_json)
     if as_json:
         print(json.dumps(scores))
@@ -87,10 +89,6 @@ def latency_table(
     Example: oneshot-ednas latency table ednas_b0 --image-size 256 256 --host usb3-desktop
     --out edgetpu_sim_256x256.csv
     """
-    from oneshot_ednas.latency.simulate import simulate_table
-    from oneshot_ednas.space import named_space
-    from oneshot_ednas.store import write_text
-
     if min(image_size) < 16:
         raise ValueError(f"--image-size: expected at least 16 16, got {image_size}")
     table = simulate_table(

@@ -4,11 +4,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 from rich.table import Table
 
+from oneshot_ednas.architecture import Architecture
 from oneshot_ednas.cli.common import (
     bad_input,
     console,
@@ -19,11 +20,10 @@ from oneshot_ednas.cli.common import (
     resume_option,
     set_option,
 )
+from oneshot_ednas.config import ExperimentConfig, load_config
+from oneshot_ednas.pipeline import Run, run_all
+from oneshot_ednas.run_folder import RunFiles
 from oneshot_ednas.schema import find_file, read_json
-
-if TYPE_CHECKING:
-    from oneshot_ednas.config import ExperimentConfig
-    from oneshot_ednas.pipeline import Run
 
 
 @main.command()
@@ -46,8 +46,6 @@ def run(
 
     Example: oneshot-ednas run configs/demo.yaml --out runs/demo
     """
-    from oneshot_ednas.pipeline import run_all
-
     one = _start(config, out, data, overrides, resume=resume)
     _print_results(run_all(one), out, as_json=as_json)
 
@@ -68,8 +66,6 @@ def demo(out: Path, resume: bool, as_json: bool) -> None:
 
     Example: oneshot-ednas demo --out runs/demo
     """
-    from oneshot_ednas.pipeline import run_all
-
     one = _start("configs/demo.yaml", out, None, (), resume=resume)
     _print_results(run_all(one), out, as_json=as_json)
 
@@ -130,9 +126,6 @@ _stage("evaluate", "Score the trained networks on the test split; write results 
 def _start(
     config: str, out: Path, data: Path | None, overrides: tuple[str, ...], *, resume: bool
 ) -> "Run":
-    from oneshot_ednas.config import load_config
-    from oneshot_ednas.pipeline import Run
-
     path = find_file(config)
     one = Run(_with_data(load_config(path, overrides), data), out)
     one.open(resume=resume)
@@ -140,10 +133,6 @@ def _start(
 
 
 def _reopen(folder: Path, data: Path | None) -> "Run":
-    from oneshot_ednas.config import load_config
-    from oneshot_ednas.pipeline import Run
-    from oneshot_ednas.run_folder import RunFiles
-
     path = RunFiles(folder).config
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is no run folder: it has no config.yaml")
@@ -161,8 +150,6 @@ def _with_data(config: "ExperimentConfig", data: Path | None) -> "ExperimentConf
 
 def _print_stage(one: "Run", name: str, *, as_json: bool) -> None:
     """What a stage before the evaluation has come to."""
-    from oneshot_ednas.architecture import Architecture
-
     figures: dict[str, Any] = {
         "run": str(one.files.folder),
         "stage": name,
