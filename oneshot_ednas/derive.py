@@ -11,7 +11,7 @@ of two sums, so the target is two additive budgets, both handled exactly.
 import heapq
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -113,11 +113,57 @@ def pareto_front(
     return front
 
 
+def sample_within_budget(
+    alpha: ArchitectureParameters,
+    costs: SpaceCosts,
+    *,
+    target_ms: float,
+    num_samples: int,
+    generator: np.random.Generator,
+) -> list[DerivedArchitecture]:
+    """Architectures drawn by alpha inside the target; the same one can come more than once.
+
+    Each draw adds Gumbel noise to all log-probabilities and takes the exact best within the
+    budget. Without a budget that is a draw from softmax(alpha); within one, no draw is rejected.
+
+    Args:
+        alpha: architecture parameters.
+        costs: `table.costs(space)`.
+        target_ms: the budget in milliseconds.
+        num_samples: how many to draw.
+        generator: source of the noise.
+
+    Raises:
+        ValueError: if nothing fits the target.
+
+    Source:
+        Papandreou and Yuille, Perturb-and-MAP Random Fields, ICCV 2011.
+    """
+    found = []
+    for _ in range(num_samples):
+        search = BudgetSearch(alpha, costs, noise=generator)
+        (drawn,) = search.best(target_ms, 1)
+        log_probability = float(alpha.log_probability(drawn.architecture).detach())
+        found.append(replace(drawn, log_probability=log_probability))
+    return found
+
+
 class BudgetSearch:
     """Best-first search for the most probable architectures within budgets."""
 
-    def __init__(self, alpha: ArchitectureParameters, costs: SpaceCosts) -> None:
+    def __init__(
+        self,
+        alpha: ArchitectureParameters,
+        costs: SpaceCosts,
+        *,
+        noise: np.random.Generator | None = None,
+    ) -> None:
         """Prepare the bounds; `best` may then be asked for any number of budgets.
+
+        Args:
+            alpha: architecture parameters.
+            costs: `table.costs(space)`.
+            noise: adds Gumbel noise to the log-probabilities, see `sample_within_budget`.
 
         Raises:
             ValueError: if alpha and costs are of different spaces.
@@ -127,7 +173,7 @@ class BudgetSearch:
                 f"alpha is of space {alpha.space.name}, the costs are of {costs.space.name}"
             )
         self.costs = costs
-        self.log_probabilities = _log_probabilities(alpha)
+        self.log_probabilities = _log_probabilities(alpha, noise)
         # One budget for the time without streaming; a second one where streaming can occur.
         weights = [0.0]
         if _largest_bytes(costs) > costs.cache_bytes:
@@ -298,11 +344,16 @@ def _largest_bytes(costs: SpaceCosts) -> float:
     return costs.constant_bytes - float(costs.suffix_minima(0.0, -1.0)[0][0])
 
 
-def _log_probabilities(alpha: ArchitectureParameters) -> list[Array]:
+def _log_probabilities(
+    alpha: ArchitectureParameters, noise: np.random.Generator | None
+) -> list[Array]:
     """Log-probability of each option of each block, `[1, op, kernel, expansion, out-width]`."""
     per_block = []
     for gates in alpha.log_probabilities():
-        op, kernel, expand, filters = (vector.numpy() for vector in gates)
+        vectors = [vector.numpy() for vector in gates]
+        if noise is not None:
+            vectors = [vector + noise.gumbel(size=vector.shape) for vector in vectors]
+        op, kernel, expand, filters = vectors
         per_block.append(
             op[:, None, None, None] + kernel[:, None, None] + expand[:, None] + filters
         )

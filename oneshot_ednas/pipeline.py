@@ -14,7 +14,12 @@ import numpy as np
 import torch
 
 from oneshot_ednas.architecture import Architecture
-from oneshot_ednas.derive import BudgetSearch, DerivedArchitecture, pareto_front
+from oneshot_ednas.derive import (
+    BudgetSearch,
+    DerivedArchitecture,
+    pareto_front,
+    sample_within_budget,
+)
 from oneshot_ednas.describe import multiply_adds
 from oneshot_ednas.models.network import Network, build_network
 from oneshot_ednas.ranking import Candidate, rank_candidates
@@ -31,6 +36,7 @@ from oneshot_ednas.training import (
     accuracy_of,
     evaluate,
     note,
+    numpy_generator,
 )
 
 NUM_PICTURES = 4
@@ -100,6 +106,15 @@ class Run(Experiment):
         with self.timed("derive"):
             budget = BudgetSearch(search.alpha, self.costs)
             found = budget.best(self.target_ms, config.num_candidates)
+            found += sample_within_budget(
+                search.alpha,
+                self.costs,
+                target_ms=self.target_ms,
+                num_samples=config.num_samples,
+                generator=numpy_generator(self.config.seed, "candidates"),
+            )
+            # Equal architectures once, in order of first appearance.
+            found = list({one.architecture: one for one in reversed(found)}.values())[::-1]
             ranked = self._rank(found)
             front = pareto_front(
                 search.alpha,

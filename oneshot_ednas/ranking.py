@@ -20,6 +20,9 @@ class DeriveConfig:
 
     num_candidates: int = 8
     """How many of the most probable architectures within the target are ranked."""
+    num_samples: int = 24
+    """Further candidates drawn by alpha inside the target: after a short search the most probable
+    architectures are near copies of each other, and alpha is less sure than their order says."""
     calibration_batches: int = 8
     """Batches behind the BN statistics of each candidate."""
     batch_size: int = 32
@@ -27,7 +30,9 @@ class DeriveConfig:
     """Points of the Pareto front in the report."""
 
     def __post_init__(self) -> None:
-        """Counts are positive."""
+        """Counts are positive, or 0 for no samples."""
+        if self.num_samples < 0:
+            raise ValueError(f"num_samples: expected 0 or more, got {self.num_samples}")
         for name in ("num_candidates", "calibration_batches", "batch_size", "num_budgets"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")

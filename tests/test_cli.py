@@ -424,7 +424,7 @@ tasks:
   depth: {kind: depth}
 latency: {table: table.csv, target_ms: 5.0, allow_uncalibrated: true}
 search: {steps: 1, batch_size: 2, num_validations: 0}
-derive: {num_candidates: 1, calibration_batches: 1, num_budgets: 1}
+derive: {num_candidates: 1, num_samples: 0, calibration_batches: 1, num_budgets: 1}
 retrain: {steps: 1, batch_size: 2, calibration_batches: 1}
 """
 

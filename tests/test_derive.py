@@ -16,7 +16,12 @@ from conftest import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oneshot_ednas.derive import BudgetSearch, derive_architectures, pareto_front
+from oneshot_ednas.derive import (
+    BudgetSearch,
+    derive_architectures,
+    pareto_front,
+    sample_within_budget,
+)
 from oneshot_ednas.latency.costs import SpaceCosts
 from oneshot_ednas.relaxation import ArchitectureParameters, one_hot_gates
 from oneshot_ednas.space import CHOICE_FIELDS, SearchSpace, ednas_b0, ednas_tiny
@@ -310,3 +315,48 @@ def test_alpha_of_another_space_is_refused():
     table = TABLES["active", 0]
     with pytest.raises(ValueError, match="alpha is of space ednas_tiny, the costs are of small"):
         derive_architectures(ArchitectureParameters(ednas_tiny()), table, SMALL, target_ms=1e9)
+
+
+# Samples ------------------------------------------------------------------------------------
+
+
+def test_samples_are_inside_the_target_with_the_probability_of_alpha(small_space):
+    table = toy_table(small_space, cache_bytes=2000.0, streaming_ms_per_byte=1e-4)
+    costs = table.costs(small_space)
+    alpha = random_alpha(small_space, seed=3)
+    target = 0.7 * costs.min_latency_ms + 0.3 * costs.max_latency_ms
+    drawn = sample_within_budget(
+        alpha, costs, target_ms=target, num_samples=20, generator=np.random.default_rng(0)
+    )
+    assert len(drawn) == 20
+    assert len({one.architecture for one in drawn}) > 5
+    for one in drawn:
+        assert one.latency_ms == costs.latency_ms(one.architecture) <= target
+        expected = float(alpha.log_probability(one.architecture).detach())
+        assert one.log_probability == pytest.approx(expected, abs=1e-5)
+
+
+def test_without_a_budget_samples_follow_softmax_of_alpha(small_space):
+    costs = toy_table(small_space).costs(small_space)
+    alpha = random_alpha(small_space, seed=1)
+    drawn = sample_within_budget(
+        alpha, costs, target_ms=math.inf, num_samples=300, generator=np.random.default_rng(0)
+    )
+    rows = [small_space.encode(one.architecture) for one in drawn]
+    expected = alpha.padded_logits().detach().softmax(1).numpy()
+    for place, choice in enumerate(small_space.choices):
+        share = np.bincount([row[place] for row in rows], minlength=len(choice.options)) / 300
+        # Four standard errors of a share.
+        assert np.abs(share - expected[place, : len(choice.options)]).max() < 4 * 0.5 / 300**0.5
+
+
+def test_samples_of_an_impossible_target_are_refused(small_space):
+    costs = toy_table(small_space).costs(small_space)
+    with pytest.raises(ValueError, match="is below the space's minimum"):
+        sample_within_budget(
+            random_alpha(small_space, seed=0),
+            costs,
+            target_ms=0.9 * costs.min_latency_ms,
+            num_samples=1,
+            generator=np.random.default_rng(0),
+        )
