@@ -273,7 +273,7 @@ class StageLog:
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[text]}"),
+            TextColumn("{task.fields[text]}", markup=False),  # "E[lat]" is no style
             console=console,
             disable=not console.is_terminal,
         )

@@ -323,6 +323,13 @@ def test_a_signal_in_the_last_step_stops_before_the_next_stage(tmp_path):
     assert saved == [2]
 
 
+def test_the_bar_shows_its_text_as_it_is(tmp_path):
+    with StageLog(tmp_path, "s", total=2) as log:
+        log.advance(1, "E[lat] 1.2/1.3 ms")
+        (task,) = log._progress.tasks
+        assert log._progress.columns[-1].render(task).plain == "E[lat] 1.2/1.3 ms"
+
+
 def test_a_second_ctrl_c_stops_at_once():
     with StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGINT)

@@ -262,7 +262,8 @@ def _curves(run: _Run) -> Html:
             figure(
                 outcome,
                 "Left and middle: the candidates, the most probable architectures inside the "
-                "target; the one with the highest reward is derived. Right: the trainings that "
+                "target and draws of alpha; the one with the highest reward is derived. Right: the "
+                "trainings that "
                 "the comparison rests on.",
             ),
         ]
