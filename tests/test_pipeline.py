@@ -118,7 +118,7 @@ def test_results_hold_the_named_figures(finished_run, tiny):
 def test_candidates_are_ranked_inside_the_target(finished_run):
     found = read_json(finished_run / "candidates.json")
     candidates = found["candidates"]
-    assert len(candidates) == 2
+    assert 2 <= len(candidates) <= 4  # the two most probable, and up to two further draws
     assert all(candidate["latency_ms"] <= 5.0 for candidate in candidates)
     assert candidates[0]["reward"] >= candidates[1]["reward"]
     chosen = Architecture.load(finished_run / "architecture.json")
