@@ -5,7 +5,7 @@ Each stage reads what the one before wrote, so a run can be cut anywhere and go 
 
 import datetime
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -166,8 +166,8 @@ class Run(Experiment):
         architecture = self._derived_architecture()
         for number in range(config.num_seeds):
             self._train(architecture, f"retrain.seed_{number}", number)
-        for name in self.config.baselines:
-            self._train(self.baseline(name), f"baseline.{name}", 0)
+        for name, baseline in self.baselines.items():
+            self._train(baseline, f"baseline.{name}", 0)
 
     def _train(self, architecture: Architecture, stage: str, number: int) -> Network:
         with self.timed(stage):
@@ -201,10 +201,9 @@ class Run(Experiment):
             ]
             baselines = {
                 name: self._figures(
-                    self.baseline(name),
-                    [self._score(self._trained(self.baseline(name), f"baseline.{name}", 0))],
+                    baseline, [self._score(self._trained(baseline, f"baseline.{name}", 0))]
                 )
-                for name in self.config.baselines
+                for name, baseline in self.baselines.items()
             }
         candidates = read_json(self.files.candidates)
         best = candidates["candidates"][0]
@@ -330,22 +329,8 @@ class Run(Experiment):
             "gmacs": macs / 1e9,
             "reward": statistics.fmean(rewards),
             "reward_per_seed": rewards,
-            "metrics": {
-                task: {
-                    name: statistics.fmean(metrics[task][name] for metrics in scores)
-                    for name in values
-                }
-                for task, values in scores[0].items()
-            },
-            "metrics_std": {
-                task: {
-                    name: statistics.stdev(metrics[task][name] for metrics in scores)
-                    for name in values
-                }
-                for task, values in scores[0].items()
-            }
-            if len(scores) > 1
-            else None,
+            "metrics": _over_seeds(scores, statistics.fmean),
+            "metrics_std": _over_seeds(scores, statistics.stdev) if len(scores) > 1 else None,
         }
 
 
@@ -358,6 +343,13 @@ def run_all(run: Run) -> dict[str, Any]:
     results = run.evaluate()
     run.report()
     return results
+
+
+def _over_seeds(scores: list[Metrics], statistic: Callable[[list[float]], float]) -> Metrics:
+    return {
+        task: {name: statistic([metrics[task][name] for metrics in scores]) for name in values}
+        for task, values in scores[0].items()
+    }
 
 
 def _probabilities(search: OneShotSearch) -> dict[str, dict[str, float]]:

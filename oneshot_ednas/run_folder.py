@@ -133,8 +133,7 @@ class Experiment:
                 f"retrain.batch_size is {config.retrain.batch_size}, the training split has "
                 f"{len(self.train)} frames; lower it or use more frames"
             )
-        for name in config.baselines:
-            self.baseline(name)  # drawn again when needed; refused before anything is trained
+        self.baselines = {name: self.baseline(name) for name in config.baselines}
         self.indices = indices
         self._check_depth()
 

@@ -71,7 +71,7 @@ def describe(
 class _Subject:
     """What `describe` was pointed at."""
 
-    def __init__(self, space: "SearchSpace", architecture: "Architecture | None" = None) -> None:
+    def __init__(self, space: SearchSpace, architecture: Architecture | None = None) -> None:
         self.space = space
         self.is_space = architecture is None
         self.architecture = architecture or space.base_architecture

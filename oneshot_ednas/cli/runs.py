@@ -125,14 +125,14 @@ _stage("evaluate", "Score the trained networks on the test split; write results 
 
 def _start(
     config: str, out: Path, data: Path | None, overrides: tuple[str, ...], *, resume: bool
-) -> "Run":
+) -> Run:
     path = find_file(config)
     one = Run(_with_data(load_config(path, overrides), data), out)
     one.open(resume=resume)
     return one
 
 
-def _reopen(folder: Path, data: Path | None) -> "Run":
+def _reopen(folder: Path, data: Path | None) -> Run:
     path = RunFiles(folder).config
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is no run folder: it has no config.yaml")
@@ -141,14 +141,14 @@ def _reopen(folder: Path, data: Path | None) -> "Run":
     return one
 
 
-def _with_data(config: "ExperimentConfig", data: Path | None) -> "ExperimentConfig":
+def _with_data(config: ExperimentConfig, data: Path | None) -> ExperimentConfig:
     """The config with the data folder of --data, absolute, so that later stages find it."""
     if data is None:
         return config
     return replace(config, data=replace(config.data, root=str(data.resolve())))
 
 
-def _print_stage(one: "Run", name: str, *, as_json: bool) -> None:
+def _print_stage(one: Run, name: str, *, as_json: bool) -> None:
     """What a stage before the evaluation has come to."""
     figures: dict[str, Any] = {
         "run": str(one.files.folder),

@@ -89,18 +89,7 @@ def block_operation(
 
 def stem_operation(space: SearchSpace, image_size: Size) -> Operation:
     """The 3x3 stride-2 convolution on the image."""
-    out = halved(image_size, 2)
-    return Operation(
-        op="conv",
-        in_channels=3,
-        out_channels=space.stem_filters,
-        kernel_size=3,
-        stride=2,
-        in_height=image_size[0],
-        in_width=image_size[1],
-        out_height=out[0],
-        out_width=out[1],
-    )
+    return _operation("conv", 3, space.stem_filters, image_size, kernel_size=3, stride=2)
 
 
 def block_sizes(space: SearchSpace, image_size: Size) -> list[Size]:
@@ -135,7 +124,7 @@ def lateral_operations(
         image_size: height and width of the image.
     """
     size = level_sizes(space, image_size)[tap]
-    operation = _conv1x1(filters, space.fusion.channels, size)
+    operation = _operation("conv", filters, space.fusion.channels, size)
     names = ["bifpn.down_lateral"] + (["bifpn.up_lateral"] if tap > 0 else [])
     last = tap == len(space.fusion.tap_blocks) - 1
     if last and space.fusion.num_levels > len(space.fusion.tap_blocks):
@@ -235,55 +224,42 @@ def network_io_bytes(
     return 3 * image_size[0] * image_size[1], sum(out_channels.values()) * height * width
 
 
-def _same_size(
-    op: str, in_channels: int, out_channels: int, size: Size, **fields: int
+def _operation(
+    op: str,
+    in_channels: int,
+    out_channels: int,
+    size: Size,
+    out: Size | None = None,
+    *,
+    kernel_size: int = 1,
+    stride: int = 1,
 ) -> Operation:
+    """An operation that is no block; its output has `out`, or the input's size over the stride."""
+    out_height, out_width = halved(size, stride) if out is None else out
     return Operation(
         op=op,
         in_channels=in_channels,
         out_channels=out_channels,
+        kernel_size=kernel_size,
+        stride=stride,
         in_height=size[0],
         in_width=size[1],
-        out_height=size[0],
-        out_width=size[1],
-        **fields,  # type: ignore[arg-type]
+        out_height=out_height,
+        out_width=out_width,
     )
-
-
-def _conv1x1(in_channels: int, out_channels: int, size: Size) -> Operation:
-    return _same_size("conv", in_channels, out_channels, size)
 
 
 def _separable(in_channels: int, out_channels: int, size: Size) -> Operation:
-    return _same_size("separable_conv", in_channels, out_channels, size, kernel_size=3)
+    return _operation("separable_conv", in_channels, out_channels, size, kernel_size=3)
 
 
 def _add(channels: int, size: Size) -> Operation:
-    return _same_size("add", channels, channels, size)
+    return _operation("add", channels, channels, size)
 
 
 def _pool(channels: int, size: Size) -> Operation:
-    out = halved(size, 2)
-    return Operation(
-        op="max_pool",
-        in_channels=channels,
-        out_channels=channels,
-        kernel_size=2,
-        stride=2,
-        in_height=size[0],
-        in_width=size[1],
-        out_height=out[0],
-        out_width=out[1],
-    )
+    return _operation("max_pool", channels, channels, size, kernel_size=2, stride=2)
 
 
 def _resize(channels: int, size: Size, out: Size) -> Operation:
-    return Operation(
-        op="resize",
-        in_channels=channels,
-        out_channels=channels,
-        in_height=size[0],
-        in_width=size[1],
-        out_height=out[0],
-        out_width=out[1],
-    )
+    return _operation("resize", channels, channels, size, out)
