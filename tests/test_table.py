@@ -28,7 +28,7 @@ from oneshot_ednas.latency.operations import (
     network_io_bytes,
     network_operations,
 )
-from oneshot_ednas.latency.table import LatencyTable, TableRow
+from oneshot_ednas.latency.table import LatencyTable, TableHeader, TableRow
 from oneshot_ednas.models.backbone import Backbone
 from oneshot_ednas.models.blocks import ConvBN, ElasticBlock, SeparableConv
 from oneshot_ednas.models.network import Network, build_network
@@ -399,6 +399,45 @@ def test_a_saved_table_loads_with_the_same_header_rows_and_latencies(tmp_path, s
     assert (tmp_path / "again.csv").read_bytes() == (tmp_path / "t.csv").read_bytes()
 
 
+def measured_header(**values) -> TableHeader:
+    """The toy table's header as a measurement would fill it."""
+    every = {
+        "source": "measured",
+        "machine": "Toy CPU 3, x86_64, Toy Linux 1",
+        "delegate": "libtoy.so.1",
+        "kernels": "default",
+        "threads": 1,
+        "clock_mhz": 250.0,
+        "compiler": "16.0",
+        "unit": "ms",
+        "rows": len(toy_table(SMALL).rows),
+        "row_scale": 1.25,
+        "held_out_mape": 3.5,
+        "held_out_spearman": 0.99,
+        "held_out_kendall_tau": 0.93,
+        "held_out_networks": 30,
+        "fit_networks": 31,
+    }
+    return replace(toy_table(SMALL).header, **(every | values))
+
+
+def test_a_measured_table_says_on_what_and_survives_its_file():
+    header = measured_header()
+    text = LatencyTable(header, toy_table(SMALL).rows).to_text()
+    assert LatencyTable.from_text(text, name="t.csv").header == header
+    for line in ("# unit: ms", "# clock_mhz: 250.0", "# held_out_kendall_tau: 0.93"):
+        assert f"{line}\n" in text
+
+
+def test_keys_that_hold_nothing_are_left_out_of_the_file():
+    assert " null" not in TEXT
+    assert "''" not in TEXT
+    keys = [line[2:].split(":")[0] for line in LINES[: FIRST - 1] if not line.startswith("#  ")]
+    unset = {"machine", "delegate", "unit", "rows", "row_scale", "note", "held_out_mape"}
+    assert not unset & set(keys)
+    assert keys[:2] == ["format", "device"]
+
+
 @settings(max_examples=30)
 @given(
     st.text(st.characters(codec="utf-8", categories=["L", "N", "P", "S", "Zs"]), max_size=150),
@@ -466,9 +505,57 @@ def test_a_second_row_for_an_operation_is_refused():
         LatencyTable.from_text(text, name="t.csv")
 
 
+def test_a_file_cut_off_between_two_rows_is_refused():
+    text = LatencyTable(measured_header(), toy_table(SMALL).rows).to_text()
+    count = len(toy_table(SMALL).rows)
+    for left_out in (1, 5):
+        cut = "\n".join(text.splitlines()[:-left_out]) + "\n"
+        message = rf"t\.csv: expected {count} rows, .* got {count - left_out}; .* truncated"
+        with pytest.raises(ValueError, match=message):
+            LatencyTable.from_text(cut, name="t.csv")
+
+
+@pytest.mark.parametrize("cut", [0.1, 0.5, 0.9, 0.999])
+def test_a_file_cut_off_anywhere_is_refused(cut):
+    text = LatencyTable(measured_header(), toy_table(SMALL).rows).to_text()
+    with pytest.raises(ValueError, match=r"^t\.csv"):
+        LatencyTable.from_text(text[: int(cut * len(text))], name="t.csv")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"machine": None}, "machine: a measured table names it, got nothing"),
+        ({"runtime": ""}, "runtime: a measured table names it, got nothing"),
+        ({"unit": "us"}, "unit: expected ms, got us"),
+        ({"threads": 0}, "threads: expected at least 1, got 0"),
+        ({"row_scale": -1.0}, r"row_scale: expected a finite number >= 0, got -1\.0"),
+        ({"held_out_mape": -1.0}, r"held_out_mape: expected a finite number >= 0, got -1\.0"),
+        ({"held_out_spearman": 1.5}, r"held_out_spearman: expected a number from -1 to 1, got 1"),
+        ({"held_out_spearman": -1.5}, r"held_out_spearman: expected a number from -1 to 1, got -1"),
+        ({"held_out_kendall_tau": float("nan")}, "held_out_kendall_tau: .* from -1 to 1, got nan"),
+        ({"rows": -1}, "rows: expected a finite number >= 0, got -1"),
+    ],
+)
+def test_a_bad_header_of_a_measured_table_is_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        measured_header(**values)
+
+
+def test_what_is_missing_from_a_measured_table_is_to_be_measured():
+    rows = dict(toy_table(SMALL).rows)
+    del rows[min(rows)]
+    table = LatencyTable(measured_header(rows=None), rows, "mine.csv")
+    with pytest.raises(ValueError, match=r"tasks with tools/build_latency_table\.py$"):
+        table.costs(SMALL)
+    with pytest.raises(ValueError, match=r"build one with tools/build_latency_table\.py$"):
+        table.check_image_size(48, 32)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
+        ("# device: toy", "# unit: us\n# device: toy", r"t\.csv:1: unit: expected ms, got us"),
         ("# device: toy", "# devise: toy", r"t\.csv:2: unknown key devise; did you mean device\?"),
         ("# device: toy\n", "", r"t\.csv:1: missing key device"),
         ("# format: 1", "# format: 2", r"format: expected 1, got 2; another version"),

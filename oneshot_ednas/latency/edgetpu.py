@@ -1,6 +1,7 @@
 """A closed-form latency simulator of the Coral Edge TPU.
 
-One op takes `max(compute, traffic) + overhead`. A network adds what happens once per inference:
+One op takes `max(compute, traffic)`, and depthwise convolutions and poolings an overhead on top. A
+network adds what happens once per inference:
 
     fixed + input * bytes_in + output * bytes_out + streaming * relu(parameter_bytes - cache_bytes)
 
@@ -8,11 +9,13 @@ so latency is no plain sum over ops. Compute is the smallest number of units ove
 an output over the 4 x 4 tiles by rows, columns and channels; one unit is about 1 ns at 500 MHz.
 The constants are fitted to published latencies of whole networks by `tools/fit_edgetpu.py`.
 
-Not modelled: ops that fall back to the CPU, activations beyond the 3 MiB of on-chip memory, and
-weights streamed more than once per inference (seen in chains of wide convolutions).
+Not modelled: ops that fall back to the CPU, activations beyond the 3 MiB of on-chip memory (these
+are warned of), and weights streamed more than once per inference (seen in chains of wide
+convolutions).
 """
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,9 +25,10 @@ from oneshot_ednas.schema import nearest, read_json, shipped
 
 OPS = ("conv", "dw", "fc", "tconv", "pool", "add", "mul", "concatenation", "resize")
 CACHED_OPS = ("conv", "dw", "fc", "tconv")
-ELEMENTWISE_OPS = ("add", "mul", "concatenation", "resize")
+WINDOW_OPS = ("dw", "pool")
 CLOCKS_MHZ = (500, 250)  # libedgetpu1-max and -std
 BIAS_BYTES = 8  # per channel: the int32 bias and as much again, as compiler reports add up
+ON_CHIP_BYTES = 3 * 2**20  # for activations: 16 tiles of 196,608 bytes
 _PARTITIONS = tuple((y, x, 16 // (y * x)) for y in (1, 2, 4) for x in (1, 2, 4))
 
 
@@ -42,14 +46,22 @@ class Layer(NamedTuple):
     kernel_width: int
     stride: int
 
+    def __str__(self) -> str:
+        """For example `dw k5 s2 144->144 at 128x128`."""
+        op, height, width, channels, _, _, out_channels, kernel, _, stride = self
+        return f"{op} k{kernel} s{stride} {channels}->{out_channels} at {height}x{width}"
+
+
+class OutsideCalibration(UserWarning):
+    """A simulated time that no published measurement backs."""
+
 
 class Work(NamedTuple):
     """What an op asks of the chip."""
 
     conv_units: int
     depthwise_units: int
-    activation_bytes: int
-    fc_weight_bytes: int
+    moved_bytes: int
 
 
 def work(layer: Layer) -> Work:
@@ -61,22 +73,42 @@ def work(layer: Layer) -> Work:
     op, in_height, in_width, in_channels, height, width, channels, kernel, kernel_w, stride = layer
     if op not in OPS:
         raise ValueError(f"unknown Edge TPU op {op!r}; known: {', '.join(OPS)}")
-    inputs = in_height * in_width * _padded(in_channels, 4)
-    traffic = inputs + height * width * _padded(channels, 4)
+    traffic = activation_bytes(layer)
     depth = kernel * kernel_w * math.ceil(in_channels / 4)
     cells = math.ceil(channels / 16)
     if op in ("conv", "tconv"):  # transposed: each input pixel is spread over the kernel
         size = (height, width) if op == "conv" else (in_height, in_width)
-        return Work(depth * split_units(*size, cells), 0, traffic, 0)
+        return Work(depth * split_units(*size, cells), 0, traffic)
     if op == "fc":
         weights = _padded(in_channels, 4) * _padded(channels, 64)
-        return Work(math.ceil(in_channels / 4) * split_units(1, 1, cells), 0, traffic, weights)
+        return Work(math.ceil(in_channels / 4) * split_units(1, 1, cells), 0, traffic + weights)
     # A pooling window is a depthwise one; a global pool only reads its input.
     if op == "dw" or (op == "pool" and height * width > 1):
         # 3 units a pixel at 3x3 and 5 at stride 2, as the compiler has it; else extrapolated.
         factor = math.ceil(kernel * kernel_w / (3 if stride == 1 else 1.8))
-        return Work(0, factor * split_units(height, width, math.ceil(channels / 4)), traffic, 0)
-    return Work(0, 0, traffic + (inputs if op == "add" else 0), 0)
+        return Work(0, factor * split_units(height, width, math.ceil(channels / 4)), traffic)
+    # An addition reads two inputs.
+    return Work(0, 0, traffic + in_height * in_width * _padded(in_channels, 4) * (op == "add"))
+
+
+def activation_bytes(layer: Layer) -> int:
+    """Bytes of one input and the output as stored: channels padded to 4."""
+    inputs = layer.in_height * layer.in_width * _padded(layer.in_channels, 4)
+    return inputs + layer.out_height * layer.out_width * _padded(layer.out_channels, 4)
+
+
+def beyond_memory(layers: Iterable[Layer]) -> str:
+    """One line on the layers whose input and output exceed the on-chip memory; "" if none does."""
+    sizes = {layer: activation_bytes(layer) for layer in dict.fromkeys(layers)}
+    num_large = sum(size > ON_CHIP_BYTES for size in sizes.values())
+    if not num_large:
+        return ""
+    largest = max(sizes, key=sizes.__getitem__)
+    return (
+        f"input + output of {num_large} of {len(sizes)} distinct layers pass the "
+        f"{ON_CHIP_BYTES / 2**20:g} MiB on chip, outside the calibrated range; "
+        f"the largest, {largest}, has {sizes[largest] / 2**20:.2f} MiB"
+    )
 
 
 def split_units(height: int, width: int, depth: int) -> int:
@@ -108,14 +140,14 @@ class EdgeTpuConstants:
 
     conv_ns_per_unit: float
     depthwise_ns_per_unit: float
-    activation_bytes_per_ns: float
-    fc_weight_bytes_per_ns: float
-    compute_overhead_ns: float
-    """Per convolution, depthwise convolution, fully connected layer or pooling."""
-    elementwise_overhead_ns: float
-    """Per op that the compiler tends to fuse: add, mul, concatenation, resize."""
+    bytes_per_ns: float
+    """Activations, and weights of fully connected layers, moved on chip."""
+    window_overhead_ns: float
+    """Per depthwise convolution or pooling; other ops show no overhead in published latencies."""
     cache_bytes: float
     hosts: Mapping[str, HostConstants]
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """5 and 95 percent points of the fitted constants, those of a host as `host.constant`."""
     leave_one_out: Mapping[str, Any] = field(default_factory=dict)
     """Error on networks left out of the fit, as in `score`: `all` and `groups`."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
@@ -124,6 +156,9 @@ class EdgeTpuConstants:
         for name, value in vars(self).items():
             if isinstance(value, (int, float)) and not 0 < value < math.inf:
                 raise ValueError(f"Edge TPU constant {name} must be positive, got {value}")
+        for name, ends in self.ranges.items():
+            if len(ends) != 2 or not 0 <= ends[0] <= ends[1] < math.inf:
+                raise ValueError(f"Edge TPU range of {name} must be [low, high], got {list(ends)}")
 
     @classmethod
     def load(cls, path: Path | None = None) -> "EdgeTpuConstants":
@@ -136,8 +171,9 @@ class EdgeTpuConstants:
         values = read_json(path)
         try:
             hosts = {name: HostConstants(**host) for name, host in values["hosts"].items()}
+            ranges = {name: tuple(ends) for name, ends in values.get("ranges", {}).items()}
             notes = {key: values.get(key, {}) for key in ("leave_one_out", "provenance")}
-            return cls(**values["chip"], **notes, hosts=hosts)
+            return cls(**values["chip"], **notes, hosts=hosts, ranges=ranges)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{path}: expected Edge TPU constants ({error}); refit with tools/fit_edgetpu.py"
@@ -172,24 +208,25 @@ class EdgeTpu:
     @property
     def input_ms_per_byte(self) -> float:
         """Transfer of the network's input."""
-        return self.constants.hosts[self.host].input_ns_per_byte * 1e-6
+        return self.constants.hosts[self.host].input_ns_per_byte / 1e6
 
     @property
     def output_ms_per_byte(self) -> float:
         """Transfer of the network's output."""
-        return self.constants.hosts[self.host].output_ns_per_byte * 1e-6
+        return self.constants.hosts[self.host].output_ns_per_byte / 1e6
 
     @property
     def streaming_ms_per_byte(self) -> float:
         """Transfer, at each inference, of parameters beyond the cache."""
-        return self.constants.hosts[self.host].streaming_ns_per_byte * 1e-6
+        return self.constants.hosts[self.host].streaming_ns_per_byte / 1e6
 
     @property
     def cache_bytes(self) -> float:
         """Parameters that stay on the chip between inferences."""
         return self.constants.cache_bytes
 
-    def parameter_bytes(self, layer: Layer) -> int:
+    @staticmethod
+    def parameter_bytes(layer: Layer) -> int:
         """Bytes one op's int8 weights and biases take in the cache: channels padded to 4 and 64."""
         if layer.op not in CACHED_OPS:
             return 0
@@ -207,11 +244,9 @@ class EdgeTpu:
         busy_ns = max(
             c.conv_ns_per_unit * load.conv_units,
             c.depthwise_ns_per_unit * load.depthwise_units,
-            load.activation_bytes / c.activation_bytes_per_ns,
-            load.fc_weight_bytes / c.fc_weight_bytes_per_ns,
+            load.moved_bytes / c.bytes_per_ns,
         )
-        elementwise = layer.op in ELEMENTWISE_OPS
-        overhead_ns = c.elementwise_overhead_ns if elementwise else c.compute_overhead_ns
+        overhead_ns = c.window_overhead_ns if layer.op in WINDOW_OPS else 0.0
         return (busy_ns + overhead_ns) * (500 / self.clock_mhz) * 1e-6
 
     def network_ms(
@@ -224,6 +259,8 @@ class EdgeTpu:
     ) -> float:
         """Time of one inference.
 
+        Warns `OutsideCalibration` where a layer's input and output exceed the on-chip memory.
+
         Args:
             layers: the ops mapped to the Edge TPU.
             input_bytes: bytes sent per inference.
@@ -235,6 +272,8 @@ class EdgeTpu:
             ValueError: for an unknown op or a negative number of bytes.
         """
         layers = list(layers)
+        if note := beyond_memory(layers):
+            warnings.warn(note, OutsideCalibration, stacklevel=2)
         if offchip_parameter_bytes is None:
             excess = sum(map(self.parameter_bytes, layers)) - self.cache_bytes
             offchip_parameter_bytes = max(0.0, excess)

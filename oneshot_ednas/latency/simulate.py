@@ -1,9 +1,10 @@
 """Latency tables from the Edge TPU simulator: every operation of a space, without a device."""
 
 import datetime
+import warnings
 from collections.abc import Mapping
 
-from oneshot_ednas.latency.edgetpu import EdgeTpu, Layer
+from oneshot_ednas.latency.edgetpu import EdgeTpu, Layer, OutsideCalibration, beyond_memory
 from oneshot_ednas.latency.operations import Operation, distinct_operations
 from oneshot_ednas.latency.table import LatencyTable, TableHeader, TableRow
 from oneshot_ednas.space import SearchSpace
@@ -56,6 +57,9 @@ def simulate_table(
 ) -> LatencyTable:
     """Price every distinct operation of a space with the simulator.
 
+    Warns `OutsideCalibration`, once, where input and output of layers exceed the on-chip memory;
+    the header's note says so too.
+
     Args:
         space: the search space.
         image_size: height and width of the image.
@@ -71,13 +75,21 @@ def simulate_table(
     """
     tpu = EdgeTpu.load(host, clock_mhz)
     wanted = dict(out_channels) | {f"head_{count}": count for count in head_channels}
-    rows = {}
-    for operation in distinct_operations(space, image_size, wanted):
-        layers = operation_layers(operation)
-        rows[operation] = TableRow(
-            latency_ms=sum(tpu.layer_ms(layer) for layer in layers),
-            parameter_bytes=sum(tpu.parameter_bytes(layer) for layer in layers),
+    layers = {
+        operation: operation_layers(operation)
+        for operation in distinct_operations(space, image_size, wanted)
+    }
+    rows = {
+        operation: TableRow(
+            latency_ms=sum(map(tpu.layer_ms, parts)),
+            parameter_bytes=sum(map(tpu.parameter_bytes, parts)),
         )
+        for operation, parts in layers.items()
+    }
+    note = "single operations have no direct measurement behind them; whole networks have"
+    if too_large := beyond_memory(layer for parts in layers.values() for layer in parts):
+        warnings.warn(too_large, OutsideCalibration, stacklevel=2)
+        note += f"; {too_large}"
     left_out = tpu.constants.leave_one_out["all"]
     header = TableHeader(
         device=f"Coral Edge TPU, {clock_mhz} MHz",
@@ -85,7 +97,8 @@ def simulate_table(
         host=host,
         runtime="oneshot_ednas.latency.edgetpu, calibrated on public measurements",
         date=(date or datetime.date.today()).isoformat(),
-        note="single operations have no direct measurement behind them; whole networks have",
+        rows=len(rows),
+        note=note,
         space=space.name,
         image_height=image_size[0],
         image_width=image_size[1],
@@ -96,6 +109,8 @@ def simulate_table(
         cache_bytes=tpu.cache_bytes,
         streaming_ms_per_byte=tpu.streaming_ms_per_byte,
         held_out_mape=left_out["mape"],
+        held_out_spearman=left_out["spearman"],
+        held_out_networks=left_out["n"],
         held_out_note=f"leave-one-out over {left_out['n']} published networks",
     )
     return LatencyTable(header, rows, f"simulated {space.name} {image_size[0]}x{image_size[1]}")

@@ -2,7 +2,7 @@
 
 File: a YAML header in comment lines (device, runtime, date, per-network terms, known error), then
 CSV. Latency of a network = fixed + input and output transfer + the rows of its operations +
-streaming of the parameter bytes that do not fit the on-chip cache.
+streaming of the parameter bytes that do not fit the on-chip cache. All times are milliseconds.
 """
 
 import csv
@@ -17,10 +17,11 @@ from typing import Literal
 from oneshot_ednas.architecture import Architecture
 from oneshot_ednas.latency.costs import SpaceCosts, space_costs
 from oneshot_ednas.latency.operations import OPERATION_KINDS, Operation
-from oneshot_ednas.schema import dump_yaml, parse_yaml, read_text
+from oneshot_ednas.schema import dump_yaml, parse_yaml, read_text, to_plain
 from oneshot_ednas.space import SearchSpace
 
 FORMAT = 1
+UNIT = "ms"
 _KEY = [field.name for field in fields(Operation)]
 _COLUMNS = [*_KEY, "latency_ms", "spread_ms", "parameter_bytes"]
 
@@ -37,10 +38,27 @@ class TableHeader:
     """Host and bus of the device."""
     runtime: str
     """Interpreter or simulator, with its version."""
+    machine: str | None = None
+    """Processor or board, operating system and architecture that measured."""
+    delegate: str | None = None
+    """Library that the interpreter handed the models to, for example `libedgetpu.so.1`."""
+    kernels: str | None = None
+    """Set of CPU kernels of the interpreter."""
+    threads: int | None = None
+    clock_mhz: float | None = None
+    """Clock of the device, as stated by who measured."""
+    compiler: str | None = None
+    """Version of the compiler of the models."""
     date: str
     """When the times were made, `YYYY-MM-DD`."""
+    unit: str | None = None
+    """Unit of all times: `ms`, also where it is not stated."""
     runs: int = 1
     """Timed runs behind each row."""
+    rows: int | None = None
+    """Number of rows, which shows a file that was cut off between two of them."""
+    row_scale: float | None = None
+    """Factor in all rows: how an operation's time in whole networks relates to its own."""
     note: str = ""
     space: str
     """Search space whose operations the rows are."""
@@ -58,29 +76,61 @@ class TableHeader:
     """Per parameter byte beyond the cache, every inference."""
     held_out_mape: float | None = None
     """Mean absolute error in percent on networks that took no part in the calibration."""
+    held_out_spearman: float | None = None
+    """Rank correlation on the same networks, from -1 to 1."""
+    held_out_kendall_tau: float | None = None
+    """Kendall's tau-b on the same networks, from -1 to 1."""
+    held_out_networks: int | None = None
+    """How many networks these are."""
+    fit_networks: int | None = None
+    """How many other networks the per-network terms were fitted to."""
     held_out_note: str = ""
     """What the held-out error was measured on."""
 
     def __post_init__(self) -> None:
-        """Times and sizes are finite and not negative."""
+        """Times and sizes are finite and not negative; a measured table says where."""
         if self.format != FORMAT:
             raise ValueError(
                 f"format: expected {FORMAT}, got {self.format}; "
                 f"another version of oneshot_ednas wrote this table"
             )
-        for name in ("image_height", "image_width", "runs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.unit not in (None, UNIT):
+            raise ValueError(f"unit: expected {UNIT}, got {self.unit}")
+        if self.source == "measured":
+            for name in ("machine", "runtime"):
+                if not getattr(self, name):
+                    raise ValueError(f"{name}: a measured table names it, got nothing")
+        for name in ("image_height", "image_width", "runs", "threads"):
+            self._check_at_least(name, 1)
         for name in (
             "fixed_ms",
             "input_ms_per_byte",
             "output_ms_per_byte",
             "cache_bytes",
             "streaming_ms_per_byte",
+            "row_scale",
+            "held_out_mape",
+            "clock_mhz",
+            "rows",
+            "held_out_networks",
+            "fit_networks",
         ):
+            self._check_at_least(name, 0)
+        for name in ("held_out_spearman", "held_out_kendall_tau"):
             value = getattr(self, name)
-            if not (value >= 0 and math.isfinite(value)):
-                raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
+            if value is not None and not -1 <= value <= 1:
+                raise ValueError(f"{name}: expected a number from -1 to 1, got {value}")
+
+    def _check_at_least(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if value is not None and not (value >= least and math.isfinite(value)):
+            expected = f"a finite number >= {least}" if least == 0 else f"at least {least}"
+            raise ValueError(f"{name}: expected {expected}, got {value}")
+
+    def to_yaml(self) -> str:
+        """YAML text, without the keys that hold nothing."""
+        values = {key: value for key, value in to_plain(self).items() if value not in (None, "")}
+        return dump_yaml(values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +152,14 @@ class LatencyTable:
     rows: Mapping[Operation, TableRow]
     name: str = "table"
 
+    def __post_init__(self) -> None:
+        """As many rows as the header says."""
+        if self.header.rows not in (None, len(self.rows)):
+            raise ValueError(
+                f"{self.name}: expected {self.header.rows} rows, as the header says, got "
+                f"{len(self.rows)}; the file may be truncated"
+            )
+
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width of the image that the rows are for."""
@@ -116,11 +174,10 @@ class LatencyTable:
         try:
             return self.rows[operation]
         except KeyError:
-            height, width = self.image_size
+            tool = self._tool("SPACE", *self.image_size, tasks=" --tasks NAME=CHANNELS,...")
             raise ValueError(
                 f"no row in {self.name} for {operation}; build a table for your space and tasks "
-                f"with oneshot-ednas latency table SPACE --image-size {height} {width} "
-                f"--tasks NAME=CHANNELS,... --out CSV"
+                f"with {tool}"
             ) from None
 
     def check_image_size(self, height: int, width: int) -> None:
@@ -133,9 +190,15 @@ class LatencyTable:
             raise ValueError(
                 f"{self.name} is for images of {self.header.image_height}x"
                 f"{self.header.image_width}, got {height}x{width}; build one with "
-                f"oneshot-ednas latency table {self.header.space} --image-size {height} {width} "
-                f"--out CSV"
+                f"{self._tool(self.header.space, height, width)}"
             )
+
+    def _tool(self, space: str, height: int, width: int, *, tasks: str = "") -> str:
+        """What makes a table of this one's source."""
+        if self.header.source == "measured":
+            return "tools/build_latency_table.py"
+        size = f"--image-size {height} {width}"
+        return f"oneshot-ednas latency table {space} {size}{tasks} --out CSV"
 
     def costs(
         self, space: SearchSpace, out_channels: Mapping[str, int] | None = None
@@ -171,7 +234,7 @@ class LatencyTable:
 
     def to_text(self) -> str:
         """The file's text."""
-        header = "".join(f"# {line}\n" for line in dump_yaml(self.header).splitlines())
+        header = "".join(f"# {line}\n" for line in self.header.to_yaml().splitlines())
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
         writer.writerow(_COLUMNS)
