@@ -1,6 +1,6 @@
 """One-shot differentiable search for multi-task dense prediction on the Coral Edge TPU.
 
-The data flow in ten lines:
+The data flow in a dozen lines:
 
     space = ednas_b0()                                          # what may vary
     supernet = build_network(space, {"segmentation": 19, "depth": 1})
@@ -12,12 +12,14 @@ The data flow in ten lines:
     best = derive_architectures(alpha, table, space, target_ms=6.0)[0]   # inside the budget
     network = build_network(space.fix(best), supernet.out_channels)      # its own network
     inherit_weights(network, supernet, best)                    # or train it from scratch
+    export_tflite(network, "model.tflite", calibration_images=images)    # full int8
 """
 
 from importlib.metadata import PackageNotFoundError, version
 
 from oneshot_ednas.architecture import Architecture, BlockArchitecture
 from oneshot_ednas.derive import derive_architectures, pareto_front
+from oneshot_ednas.export import export_tflite
 from oneshot_ednas.latency.expected import expected_latency
 from oneshot_ednas.latency.table import LatencyTable
 from oneshot_ednas.models.network import (
@@ -54,6 +56,7 @@ __all__ = [
     "ednas_b0",
     "ednas_tiny",
     "expected_latency",
+    "export_tflite",
     "inherit_weights",
     "named_space",
     "one_hot_gates",
