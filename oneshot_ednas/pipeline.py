@@ -5,7 +5,7 @@ Each stage reads what the one before wrote, so a run can be cut anywhere and go 
 
 import datetime
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ import numpy as np
 import torch
 
 from oneshot_ednas.architecture import Architecture
+from oneshot_ednas.data.packed import PackedSplit
+from oneshot_ednas.deploy import deploy
 from oneshot_ednas.derive import (
     BudgetSearch,
     DerivedArchitecture,
@@ -21,6 +23,7 @@ from oneshot_ednas.derive import (
     sample_within_budget,
 )
 from oneshot_ednas.describe import multiply_adds
+from oneshot_ednas.export.quantize import IoType
 from oneshot_ednas.models.network import Network, build_network
 from oneshot_ednas.ranking import Candidate, rank_candidates
 from oneshot_ednas.report import RunPictures, write_report
@@ -234,6 +237,89 @@ class Run(Experiment):
             log.scalars(0, figures)
         return results
 
+    def export(self) -> dict[str, Any]:
+        """Write the derived network, first seed, as `model.tflite`, check it, and report.
+
+        An export that is done is not done again, unless it could not be verified.
+
+        Raises:
+            ValueError: if the network is not trained to its end.
+        """
+        if self._is_exported:
+            return dict(read_json(self.files.export))
+        with self.timed("export"):
+            report = self.deploy(
+                "retrain.seed_0",
+                self.files.model,
+                self.files.export,
+                splits={"validation": self.part("validation"), "test": self.test},
+            )
+        note(f"export: {report['file']}, {report['size_bytes'] / 2**20:.2f} MiB")
+        for check in ("not_verified", "not_compiled"):
+            if report[check] is not None:
+                note(f"export: {check.replace('_', ' ')}: {report[check]}")
+        return report
+
+    def deploy(
+        self,
+        stage: str,
+        path: Path,
+        report_path: Path,
+        *,
+        splits: Mapping[str, PackedSplit],
+        io: IoType = "int8",
+        num_calibration: int = 128,
+    ) -> dict[str, Any]:
+        """Export the network of a finished training, see `oneshot_ednas.deploy`.
+
+        Args:
+            stage: the training, for example `retrain.seed_0` or `baseline.base`.
+            path: the `.tflite` to write.
+            report_path: the report to write.
+            splits: by name, the frames to score the network and the file on.
+            io: type of input and output.
+            num_calibration: training frames that the ranges of activations come from.
+
+        Raises:
+            ValueError: if there is no such training, or it is not finished.
+        """
+        seeds = range(self.config.retrain.num_seeds)
+        trainings = {f"retrain.seed_{number}": number for number in seeds}
+        trainings |= {f"baseline.{name}": 0 for name in self.baselines}
+        if stage not in trainings:
+            raise ValueError(
+                f"{self.files.folder} trains no {stage}; it has {', '.join(trainings)}"
+            )
+        if stage.startswith("baseline."):
+            architecture = self.baselines[stage.removeprefix("baseline.")]
+        else:
+            architecture = self._derived_architecture()
+        return deploy(
+            self._trained(architecture, stage, trainings[stage]),
+            path,
+            report_path,
+            name=stage,
+            calibration=self.train,
+            splits=splits,
+            tasks=self.tasks,
+            table=self.table,
+            predicted_ms=self.costs.latency_ms(architecture),
+            io=io,
+            num_calibration=num_calibration,
+            batch_size=self.config.derive.batch_size,
+            seed=self.config.seed,
+            device=self.device,
+        )
+
+    @property
+    def _is_exported(self) -> bool:
+        """Whether the export is done and verified, and the network is still the same."""
+        model, report = self.files.model, self.files.export
+        if not (model.exists() and report.exists()):
+            return False
+        trained = self.files.checkpoint("retrain.seed_0").stat().st_mtime
+        return trained <= report.stat().st_mtime and read_json(report)["not_verified"] is None
+
     def report(self) -> Path:
         """Write `report.html` with curves and pictures of predictions."""
         architecture = self._derived_architecture()
@@ -341,6 +427,7 @@ def run_all(run: Run) -> dict[str, Any]:
         run.derive()
     run.retrain()
     results = run.evaluate()
+    run.export()
     run.report()
     return results
 

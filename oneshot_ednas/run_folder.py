@@ -6,7 +6,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +81,16 @@ class RunFiles:
         return self.folder / "results.json"
 
     @property
+    def model(self) -> Path:
+        """The derived network, first seed, for the device."""
+        return self.folder / "model.tflite"
+
+    @property
+    def export(self) -> Path:
+        """What was exported, and how it compares with the float network."""
+        return self.folder / "export.json"
+
+    @property
     def seconds(self) -> Path:
         """Time per stage, over all sittings."""
         return self.folder / "seconds.json"
@@ -93,12 +103,16 @@ class RunFiles:
 class Experiment:
     """A config with all that it names, loaded and checked, and its run folder."""
 
-    def __init__(self, config: ExperimentConfig, folder: Path) -> None:
+    def __init__(
+        self, config: ExperimentConfig, folder: Path, *, is_reopened: bool = False
+    ) -> None:
         """Load and check everything that can be wrong before a file is written.
 
         Args:
             config: the config, its files named as `load_config` does.
             folder: the run folder; need not exist yet.
+            is_reopened: take space and table from the folder, so that a run can go on where they
+                are no longer as they were.
 
         Raises:
             ValueError: for whatever is wrong in config, space, table, data or target.
@@ -108,14 +122,16 @@ class Experiment:
         self.device = choose_device(config.device)
         self.tasks: dict[str, Task] = make_tasks(config.tasks)
         self.out_channels = {name: task.out_channels for name, task in self.tasks.items()}
-        self.space = named_space(config.space)
-        self.table = LatencyTable.load(find_file(config.latency.table))
+        space = str(self.files.space) if is_reopened else config.space
+        self.space = named_space(space)
+        table = self.files.table if is_reopened else find_file(config.latency.table)
+        self.table = replace(LatencyTable.load(table), name=Path(config.latency.table).name)
         self.table.check_image_size(*config.data.image_size)
         if self.table.header.held_out_mape is None and not config.latency.allow_uncalibrated:
             raise ValueError(
-                f"the error of {self.table.name} on whole networks is unknown "
-                f"(held_out_mape is null); use a calibrated table, or set "
-                f"latency.allow_uncalibrated=true"
+                f"the error of {self.table.name} on whole networks is unknown (its header has no "
+                f"held_out_mape); use a calibrated table, or go on with --allow-uncalibrated "
+                f"(latency.allow_uncalibrated: true in the config)"
             )
         self.costs: SpaceCosts = self.table.costs(self.space, self.out_channels)
         self.target_ms = config.latency.target_ms

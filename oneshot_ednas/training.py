@@ -25,7 +25,6 @@ from torch.utils.tensorboard import SummaryWriter
 
 from oneshot_ednas.data.packed import PackedSplit, batch_indices
 from oneshot_ednas.data.transforms import AugmentConfig, augment
-from oneshot_ednas.models.network import Network
 from oneshot_ednas.reward import accuracy_product
 from oneshot_ednas.store import write_text
 from oneshot_ednas.tasks import Task
@@ -198,7 +197,7 @@ def check_gradient(norm: Tensor, *, where: str, run: Callable[[], object]) -> No
 
 @torch.inference_mode()
 def evaluate(
-    network: Network,
+    network: nn.Module,
     split: PackedSplit,
     tasks: Mapping[str, Task],
     *,
@@ -206,6 +205,13 @@ def evaluate(
     device: torch.device,
 ) -> Metrics:
     """Metrics per task over a whole split, with the network's running BN statistics.
+
+    Args:
+        network: images to raw maps by task; a `Network`, or a file of one that runs like it.
+        split: the frames.
+        tasks: the tasks.
+        batch_size: frames at a time.
+        device: where the network is.
 
     Raises:
         ValueError: if a label is out of range or no pixel is valid.

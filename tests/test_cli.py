@@ -32,6 +32,7 @@ COMMANDS = [
     ("derive",),
     ("retrain",),
     ("evaluate",),
+    ("export",),
     ("describe",),
     ("latency", "check"),
     ("latency", "table"),

@@ -29,6 +29,13 @@ def test_every_shipped_config_loads_with_its_space_and_table(name):
     assert costs.min_latency_ms <= config.latency.target_ms < costs.max_latency_ms
 
 
+def test_every_shipped_table_has_a_shipped_config():
+    used = {load_config(shipped("configs") / name).latency.table for name in CONFIGS}
+    assert used == {
+        f"latency_tables/{path.name}" for path in shipped("latency_tables").glob("*.csv")
+    }
+
+
 def test_shipped_configs_are_found_from_anywhere(tmp_path, monkeypatch):
     expected = load_config(shipped("configs/demo.yaml"))
     monkeypatch.chdir(tmp_path)

@@ -3,17 +3,20 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
+import sys
 
 import pytest
 import torch
 from tiny import new_run, tiny_table
 
 from oneshot_ednas.architecture import Architecture
+from oneshot_ednas.cli.runs import reopen
 from oneshot_ednas.config import ExperimentConfig, load_config
 from oneshot_ednas.latency.table import LatencyTable
-from oneshot_ednas.pipeline import run_all
+from oneshot_ednas.pipeline import Run, run_all
 from oneshot_ednas.ranking import rank_candidates
 from oneshot_ednas.run_folder import RunFiles
 from oneshot_ednas.schema import load_yaml, read_json
@@ -55,6 +58,8 @@ def test_a_run_folder_holds_everything(finished_run):
         "report.html",
         "splits.json",
         "candidates.json",
+        "model.tflite",
+        "export.json",
     }
     for stage in STAGES:
         assert RunFiles(finished_run).checkpoint(stage).is_file()
@@ -148,6 +153,61 @@ def test_candidates_are_scored_on_frames_that_nothing_was_trained_on(
     assert asked["target_ms"] == 5.0
     trained = {name: list(split.sources) for name, split in run.one_shot.splits.items()}
     assert trained == {name: splits[name] for name in ("weights", "alpha")}
+
+
+# Export -------------------------------------------------------------------------------------
+
+
+def test_the_exported_network_does_what_the_trained_one_does(finished_run):
+    report, results = (read_json(finished_run / f"{name}.json") for name in ("export", "results"))
+    assert (report["file"], report["network"]) == ("model.tflite", "retrain.seed_0")
+    assert report["architecture"] == results["architecture"]
+    assert report["size_bytes"] == (finished_run / "model.tflite").stat().st_size
+    assert report["num_calibration_images"] == results["num_frames"]["train"] == 32
+    assert report["latency"]["predicted_ms"] == results["latency_ms"]
+    assert report["not_verified"] is None
+    assert set(report["metrics"]) == {"validation", "test"}
+    for split in report["metrics"].values():
+        assert abs(split["segmentation"]["pixel_accuracy"]["difference"]) < 2
+        assert abs(split["depth"]["absolute_error"]["difference"]) < 2
+    assert read_json(finished_run / "seconds.json")["export"] > 0
+    assert "not exported" not in (finished_run / "report.html").read_text()
+
+
+def test_an_export_is_done_once(project, finished_run, tmp_path, monkeypatch):
+    out = shutil.copytree(finished_run, tmp_path / "run")
+    run = new_run(project, out, resume=True)
+    with monkeypatch.context() as patch:
+        patch.setattr("oneshot_ednas.pipeline.deploy", None)
+        assert run.export() == read_json(finished_run / "export.json")
+    # A training that is newer than the file makes it stale.
+    later = (out / "export.json").stat().st_mtime + 10
+    os.utime(RunFiles(out).checkpoint("retrain.seed_0"), (later, later))
+    (out / "model.tflite").write_bytes(b"stale")
+    run.export()
+    assert (out / "model.tflite").read_bytes() == (finished_run / "model.tflite").read_bytes()
+
+
+def test_a_machine_without_an_interpreter_finishes_a_run(
+    project, finished_run, tmp_path, monkeypatch, capsys
+):
+    out = shutil.copytree(finished_run, tmp_path / "run")
+    (out / "export.json").unlink()
+    run = new_run(project, out, resume=True)
+    with monkeypatch.context() as patch:
+        for name in ("tflite_runtime", "ai_edge_litert"):
+            patch.setitem(sys.modules, name, None)
+        results = run_all(run)
+    assert figures(results) == figures(read_json(finished_run / "results.json"))
+    report = read_json(out / "export.json")
+    assert "pip install ai-edge-litert" in report["not_verified"]
+    assert report["metrics"] is None
+    assert "measured_ms" not in report["latency"]
+    assert (out / "model.tflite").read_bytes() == (finished_run / "model.tflite").read_bytes()
+    assert f"export: not verified: {report['not_verified']}" in capsys.readouterr().err
+    assert "Not verified: no TFLite interpreter" in (out / "report.html").read_text()
+    # Once there is one, the next sitting verifies.
+    assert run.export()["metrics"].keys() == {"validation", "test"}
 
 
 # Interruption -------------------------------------------------------------------------------
@@ -261,6 +321,25 @@ def test_a_space_or_data_that_changed_since_is_refused(project, finished_run, tm
         new_run(project, out, resume=True)
     (out / "latency_table.csv").write_text(table)
     new_run(project, out, resume=True, overrides=["device=cpu", "data.workers=1"])
+
+
+def test_a_reopened_run_needs_neither_the_space_nor_the_table_it_began_with(
+    finished_run, tmp_path, monkeypatch
+):
+    out = tmp_path / "run"
+    shutil.copytree(finished_run, out)
+    config = (out / "config.yaml").read_text()
+    table = re.search(r"table: (.*)", config)[1]
+    space = re.search(r"^space: (.*)", config, re.MULTILINE)[1]
+    gone = config.replace(table, "gone.csv").replace(space, "gone.yaml")
+    (out / "config.yaml").write_text(gone)
+    monkeypatch.chdir(tmp_path)
+    again = reopen(out, None)
+    assert again.space.to_yaml() == (out / "space.yaml").read_text()
+    assert again.table.to_text() == (out / "latency_table.csv").read_text()
+    assert again.table.name == "gone.csv"
+    with pytest.raises(FileNotFoundError, match=r"gone\.yaml"):
+        Run(load_config(out / "config.yaml"), out)
 
 
 @pytest.mark.parametrize(

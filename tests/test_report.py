@@ -20,6 +20,7 @@ from PIL import Image
 
 from oneshot_ednas.config import ExperimentConfig, LatencyConfig
 from oneshot_ednas.data.source import DataConfig
+from oneshot_ednas.deploy import compare
 from oneshot_ednas.report import RunPictures, write_report
 from oneshot_ednas.report.markup import duration, join, number, tag
 from oneshot_ednas.report.plots import (
@@ -35,7 +36,8 @@ from oneshot_ednas.search import SearchConfig
 from oneshot_ednas.space import ednas_tiny
 from oneshot_ednas.tasks import Task, TaskConfig, make_tasks
 
-SECTIONS = ["headline", "comparison", "architecture", "curves", "predictions", "gap", "run"]
+SECTIONS = ["headline", "comparison", "architecture", "curves", "predictions", "gap", "export"]
+SECTIONS += ["run"]
 CLASS_NAMES = ["<b>&", "road", "sky"]
 TARGET_MS = 1.45
 STEPS = 200
@@ -119,11 +121,34 @@ class RunFolder:
             **figures(1.4372, 0.2345, 1.0),
             "supernet": supernet,
             "baselines": {"base": figures(1.61, 0.22, 1.02), "random": figures(1.40, 0.19, 0.93)},
-            "seconds": {"search": 412.5, "derive": 12.25, "retrain.seed_0": 199.0},
             "seed": 0,
             "num_frames": {"train": 1200, "test": 128},
             "date": "2024-05-01",
             "versions": {"python": "3.11.2", "torch": "2.4", "device": "cpu (x86_64), 2 threads"},
+        }
+        self.seconds = {"search": 412.5, "derive": 12.25, "retrain.seed_0": 199.0, "export": 3.5}
+        self.export: dict[str, Any] | None = {
+            "file": "model.tflite",
+            "size_bytes": 3 * 2**19,
+            "io": "int8",
+            "num_calibration_images": 128,
+            "operators": {"CONV_2D": {"count": 42, "version": 3}},
+            "unmapped": [],
+            "metrics": {
+                "validation": compare(METRICS, scaled(METRICS, 0.9), tasks),
+                "test": compare(METRICS, scaled(METRICS, 1.01), tasks),
+            },
+            "latency": {
+                "predicted_ms": 1.4372,
+                "predicted_for": "Coral Edge TPU, usb3-desktop (simulated)",
+                "measured_ms": 0.9,
+                "spread_ms": 0.01,
+                "measured_on": "CPU, <board>",
+                "error_percent": None,
+            },
+            "compiler": None,
+            "not_compiled": "edgetpu_compiler is not on PATH",
+            "not_verified": None,
         }
         self.log = [self._search_line(step, rng) for step in range(0, STEPS, 5)]
         for stage in ("retrain.seed_0", "baseline.base", "baseline.random"):
@@ -170,6 +195,9 @@ class RunFolder:
         """The text of the report."""
         (self.folder / "results.json").write_text(json.dumps(self.results))
         (self.folder / "candidates.json").write_text(json.dumps(self.candidates))
+        (self.folder / "seconds.json").write_text(json.dumps(self.seconds))
+        if self.export is not None:
+            (self.folder / "export.json").write_text(json.dumps(self.export))
         (self.folder / "config.yaml").write_text(dump_yaml(self.config))
         lines = "".join(json.dumps(line) + "\n" for line in self.log)
         (self.folder / "metrics.jsonl").write_text(lines)
@@ -329,6 +357,55 @@ def test_the_gap_table_compares_latencies_with_the_target(page: Page) -> None:
     words = page.words("gap")
     assert "Expected under alpha (soft) 1.412 -2.6%" in words
     assert "Reward 0.2100 0.2345" in words
+
+
+def test_the_export_stands_beside_the_float_network(page: Page) -> None:
+    words = page.words("export")
+    assert "validation: float int8 difference test: float int8 difference" in words
+    assert "segmentation: miou 0.4120 0.3708 -4.12 points 0.4120 0.4161 +0.41 points" in words
+    assert "depth: relative error 0.2100 0.1890 -10.00% 0.2100 0.2121 +1.00%" in words
+    assert "rmse" not in words
+    assert "part of what the network was retrained on" in words
+    assert "model.tflite: 1.50 MiB, integers only, int8 in and out, calibrated on 128" in words
+    assert "1.437 ms predicted for Coral Edge TPU, usb3-desktop (simulated); 0.900 ms" in words
+    assert "measured here on CPU, <board>. Not one device and runtime" in words
+    assert "Edge TPU compiler: not compiled: edgetpu_compiler is not on PATH" in words
+    assert "CONV_2D 42 3" in words
+    assert "Look at the file again" not in words
+    assert "export 3.5 s total 10.5 min" in page.words("run")
+
+
+def test_what_is_doubtful_about_the_export_stands_first(plain: RunFolder) -> None:
+    assert plain.export is not None
+    plain.export |= {
+        "metrics": None,
+        "not_verified": "no interpreter: pip install <it>",
+        "unmapped": ["resize may not be mapped"],
+        "compiler": {
+            "version": "16.0",
+            "on_chip_bytes": 2**20,
+            "off_chip_bytes": 2**18,
+            "mapped": 40,
+            "unmapped": 2,
+            "operations": [
+                {"name": "CONV_2D", "count": 40, "status": "Mapped to Edge TPU"},
+                {"name": "ADD", "count": 2, "status": "Not today"},
+            ],
+        },
+        "latency": {"predicted_ms": 1.4, "predicted_for": "Coral"},
+    }
+    words = Page(plain.write()).words("export")
+    assert words.startswith("Export Look at the file again On the Edge TPU, resize may not be mapp")
+    assert "Not verified: no interpreter: pip install <it>" in words
+    assert "1.400 ms predicted for Coral; not measured here" in words
+    assert "40 operations mapped, 2 left to the CPU, 1.00 MiB of parameters on the chip" in words
+    assert "0.25 MiB streamed (version 16.0); 2 ADD: Not today" in words
+    assert "float" not in words
+
+
+def test_a_run_that_is_not_exported_says_so(plain: RunFolder) -> None:
+    plain.export = None
+    assert "The network is not exported." in Page(plain.write()).words("export")
 
 
 def test_the_full_config_is_in_the_report(page: Page) -> None:

@@ -25,12 +25,19 @@ from oneshot_ednas.pipeline import Run, run_all
 from oneshot_ednas.run_folder import RunFiles
 from oneshot_ednas.schema import find_file, read_json
 
+uncalibrated_option = click.option(
+    "--allow-uncalibrated",
+    is_flag=True,
+    help="Go on with a latency table whose error on whole networks is unknown.",
+)
+
 
 @main.command()
 @click.argument("config")
 @out_option
 @data_option
 @set_option
+@uncalibrated_option
 @resume_option
 @json_option
 @bad_input
@@ -39,6 +46,7 @@ def run(
     out: Path,
     data: Path | None,
     overrides: tuple[str, ...],
+    allow_uncalibrated: bool,
     resume: bool,
     as_json: bool,
 ) -> None:
@@ -46,6 +54,7 @@ def run(
 
     Example: oneshot-ednas run configs/demo.yaml --out runs/demo
     """
+    overrides = _with_consent(overrides, is_given=allow_uncalibrated)
     one = _start(config, out, data, overrides, resume=resume)
     _print_results(run_all(one), out, as_json=as_json)
 
@@ -75,6 +84,7 @@ def demo(out: Path, resume: bool, as_json: bool) -> None:
 @click.option("--out", type=click.Path(path_type=Path), help="Run folder, to start from a config.")
 @data_option
 @set_option
+@uncalibrated_option
 @resume_option
 @json_option
 @bad_input
@@ -83,6 +93,7 @@ def search(
     out: Path | None,
     data: Path | None,
     overrides: tuple[str, ...],
+    allow_uncalibrated: bool,
     resume: bool,
     as_json: bool,
 ) -> None:
@@ -90,10 +101,14 @@ def search(
 
     Example: oneshot-ednas search configs/demo.yaml --out runs/demo
     """
+    overrides = _with_consent(overrides, is_given=allow_uncalibrated)
     if Path(config_or_run).is_dir():
         if out is not None or overrides:
-            raise ValueError("a run folder keeps its config: --out and --set are for a new run")
-        one = _reopen(Path(config_or_run), data)
+            raise ValueError(
+                "a run folder keeps its config: --out, --set and --allow-uncalibrated are for a "
+                "new run"
+            )
+        one = reopen(Path(config_or_run), data)
     elif out is None:
         raise ValueError("search from a config needs --out DIR")
     else:
@@ -109,9 +124,10 @@ def _stage(name: str, help_text: str) -> None:
     @json_option
     @bad_input
     def command(run_folder: Path, data: Path | None, as_json: bool) -> None:
-        one = _reopen(run_folder, data)
+        one = reopen(run_folder, data)
         getattr(one, name)()
         if name == "evaluate":
+            one.export()
             one.report()
             _print_results(_results(run_folder), run_folder, as_json=as_json)
         else:
@@ -120,7 +136,11 @@ def _stage(name: str, help_text: str) -> None:
 
 _stage("derive", "Find the best architecture inside the latency target, exactly.")
 _stage("retrain", "Train the derived architecture (and the baselines) from scratch.")
-_stage("evaluate", "Score the trained networks on the test split; write results and report.")
+_stage("evaluate", "Score the trained networks on the test split, export, and write the report.")
+
+
+def _with_consent(overrides: tuple[str, ...], *, is_given: bool) -> tuple[str, ...]:
+    return (*overrides, "latency.allow_uncalibrated=true") if is_given else overrides
 
 
 def _start(
@@ -132,11 +152,17 @@ def _start(
     return one
 
 
-def _reopen(folder: Path, data: Path | None) -> Run:
+def reopen(folder: Path, data: Path | None) -> Run:
+    """The run in a folder, to go on with.
+
+    Raises:
+        FileNotFoundError: if it is no run folder, or lacks its space or table.
+        ValueError: if the data that the run began with has changed.
+    """
     path = RunFiles(folder).config
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is no run folder: it has no config.yaml")
-    one = Run(_with_data(load_config(path), data), folder)
+    one = Run(_with_data(load_config(path), data), folder, is_reopened=True)
     one.open(resume=True)
     return one
 
@@ -196,7 +222,7 @@ def _print_results(results: Mapping[str, Any], folder: Path, *, as_json: bool) -
     for column in ("network", "latency ms", "in budget", "reward", "params", "GMACs"):
         table.add_column(column, justify="left" if column == "network" else "right")
     columns = [(task, name) for task, values in results["metrics"].items() for name in values]
-    shown = [c for c in columns if c[1] not in _DETAILS]
+    shown = [c for c in columns if c[1] not in DETAILS]
     for task, name in shown:
         table.add_column(f"{task}\n{name}", justify="right")
     rows = {"derived": results, **results["baselines"]}
@@ -216,5 +242,5 @@ def _print_results(results: Mapping[str, Any], folder: Path, *, as_json: bool) -
     print(f"{seconds:.0f} s in all; report: {folder / 'report.html'}")
 
 
-_DETAILS = ("rmse", "delta_1", "delta_2", "delta_3", "within_22", "within_30")
+DETAILS = ("rmse", "delta_1", "delta_2", "delta_3", "within_22", "within_30")
 """Metrics left to the report."""

@@ -15,6 +15,7 @@ import numpy as np
 
 from oneshot_ednas.architecture import Architecture
 from oneshot_ednas.config import ExperimentConfig
+from oneshot_ednas.deploy import compiler_text, difference_text, latency_text
 from oneshot_ednas.report.markup import Html, duration, figure, join, number, table, tag
 from oneshot_ednas.report.plots import (
     RunLog,
@@ -41,6 +42,8 @@ class _Run:
     config_text: str
     results: dict[str, Any]
     candidates: dict[str, Any]
+    seconds: dict[str, float]
+    export: dict[str, Any] | None
     log: RunLog
     tasks: Mapping[str, Task]
     space: SearchSpace
@@ -62,8 +65,8 @@ def write_report(
     """Write `report.html` and `predictions.png` into a run folder; returns the report's path.
 
     Args:
-        folder: a run folder with `results.json`, `candidates.json` and `config.yaml`, and
-            `metrics.jsonl` for the curves.
+        folder: a run folder with `results.json`, `candidates.json`, `seconds.json` and
+            `config.yaml`, `metrics.jsonl` for the curves, and `export.json` if it is exported.
         tasks: the tasks.
         space: the search space.
         pictures: test frames to show.
@@ -79,6 +82,8 @@ def write_report(
         config_text=(folder / "config.yaml").read_text(encoding="utf-8"),
         results=read_json(folder / "results.json"),
         candidates=read_json(folder / "candidates.json"),
+        seconds=read_json(folder / "seconds.json"),
+        export=read_json(exported) if (exported := folder / "export.json").exists() else None,
         log=RunLog.read(folder / "metrics.jsonl"),
         tasks=tasks,
         space=space,
@@ -92,6 +97,7 @@ def write_report(
         curves=_curves(run),
         predictions=_predictions(mosaic, tasks, class_names),
         gap=_gap(run),
+        export=_export(run),
         run=_run_section(run),
     )
     write_bytes(folder / "predictions.png", mosaic)
@@ -124,7 +130,7 @@ def _headline(run: _Run) -> Html:
             "p",
             f"{source} {data.height}x{data.width}, {frames['train']:,} training and "
             f"{frames['test']:,} test frames · seed {results['seed']} · {versions['device']} · "
-            f"{duration(sum(results['seconds'].values()))} · {results['date']}",
+            f"{duration(sum(run.seconds.values()))} · {results['date']}",
             class_="note",
         ),
         tag("p", f"Latencies are from the table {results['table']}.", class_="note"),
@@ -326,10 +332,59 @@ def _gap(run: _Run) -> Html:
     return join(parts)
 
 
+def _export(run: _Run) -> Html:
+    export = run.export
+    if export is None:
+        return tag("p", "The network is not exported.", class_="note")
+    parts = []
+    doubts = [f"On the Edge TPU, {line}" for line in export["unmapped"]]
+    if export["not_verified"]:
+        doubts.append(f"Not verified: {export['not_verified']}")
+    if doubts:
+        listed = tag("ul", *(tag("li", doubt) for doubt in doubts))
+        parts.append(tag("div", tag("b", "Look at the file again"), listed, class_="warning"))
+    if export["metrics"]:
+        parts.append(_quantization(run, export["metrics"]))
+    operators = [[name, row["count"], row["version"]] for name, row in export["operators"].items()]
+    size = (
+        f"{export['file']}: {export['size_bytes'] / 2**20:.2f} MiB, integers only, {export['io']} "
+        f"in and out, calibrated on {export['num_calibration_images']} training frames."
+    )
+    return join(
+        [
+            *parts,
+            tag("p", size),
+            tag("p", "Latency: ", latency_text(export)),
+            tag("p", "Edge TPU compiler: ", compiler_text(export)),
+            tag(
+                "details",
+                tag("summary", "Operators"),
+                table(["Operator", "count", "version"], operators, "numbers"),
+            ),
+        ]
+    )
+
+
+def _quantization(run: _Run, scores: Mapping[str, Any]) -> Html:
+    """Metrics of the float network and of the file, on each split."""
+    rows: list[list[object]] = []
+    for name, task in run.tasks.items():
+        for metric in task.reward_metrics:
+            row: list[object] = [_metric_label(name, metric)]
+            for score in scores.values():
+                found = score[name][metric]
+                row += [number(found["float"]), number(found["int8"]), difference_text(found)]
+            rows.append(row)
+    head = ["", *(word for part in scores for word in (f"{part}: float", "int8", "difference"))]
+    note = "Errors differ in percent, shares in percentage points."
+    if "validation" in scores:
+        note += " The validation frames are part of what the network was retrained on."
+    return join([table(head, rows, "numbers"), tag("p", note, class_="note")])
+
+
 def _run_section(run: _Run) -> Html:
-    seconds = run.results["seconds"]
-    times = [[stage, duration(spent)] for stage, spent in seconds.items()]
-    times.append([tag("b", "total"), tag("b", duration(sum(seconds.values())))])
+    times = [[stage, duration(spent)] for stage, spent in run.seconds.items()]
+    times.append([tag("b", "total"), tag("b", duration(sum(run.seconds.values())))])
     versions = [[name, version] for name, version in run.results["versions"].items()]
     return join(
         [
