@@ -5,6 +5,7 @@ on, timed on this machine, and compiled for the Edge TPU where its compiler is i
 cannot be checked here is said, never passed over.
 """
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,16 @@ from torch import Tensor
 
 from oneshot_ednas.data.packed import PackedSplit
 from oneshot_ednas.export import export_tflite
-from oneshot_ednas.export.contents import Contents, read_contents
+from oneshot_ednas.export.contents import INTEGER_TYPES, Contents, read_contents
 from oneshot_ednas.export.edgetpu import (
     COMPILER,
     MAPPED,
+    MAX_VERSIONS,
     compile_model,
     compiled_path,
     find_compiler,
 )
-from oneshot_ednas.export.quantize import VERSIONS, IoType
+from oneshot_ednas.export.quantize import IoType
 from oneshot_ednas.export.runtime import TfliteNetwork
 from oneshot_ednas.latency.table import LatencyTable, TableHeader
 from oneshot_ednas.measure import (
@@ -86,13 +88,14 @@ def deploy(
         device: where the network is.
 
     Returns:
-        The report: `operators`, `size_bytes`, `metrics` (by split, task and metric, see `compare`),
-        `latency`, `compiler`, and in `not_verified` and `not_compiled` the reason where a check
-        could not be made, else null.
+        The report: `sha256` of the file, `operators`, `size_bytes`, `metrics` (by split, task and
+        metric, see `compare`), `note` on splits that the network was trained on, `latency`,
+        `compiler`, and in `not_verified` and `not_compiled` the reason where a check could not be
+        made, else null. It is written before the compiler is called, and again after.
 
     Raises:
         ValueError: for no calibration frames.
-        RuntimeError: if the written file is not what the Edge TPU takes.
+        RuntimeError: if the file is not what the Edge TPU takes; it does not stay then.
     """
     export = export_tflite(
         network,
@@ -101,10 +104,17 @@ def deploy(
         io=io,
         input_range=PIXEL_RANGE,
     )
-    contents = read_contents(path)
-    check_contents(contents, path.name)
+    # What an earlier file has left behind is not of this one.
+    for stale in (report_path, compiled_path(path, path.parent)):
+        stale.unlink(missing_ok=True)
+    try:
+        check_contents(read_contents(path), path.name)
+    except RuntimeError:
+        path.unlink()
+        raise
     report = {
         "file": path.name,
+        "sha256": file_digest(path),
         "network": name,
         "architecture": str(network.space.base_architecture),
         "size_bytes": export.size_bytes,
@@ -118,8 +128,11 @@ def deploy(
         "outputs": to_plain(export.outputs),
         "unmapped": list(export.unmapped),
         "metrics": None,
+        "note": _note(calibration, splits),
         "latency": {"predicted_ms": predicted_ms, "predicted_for": _device_of(table.header)},
         "not_verified": None,
+        "compiler": None,
+        "not_compiled": f"{COMPILER} has not come to its end",
     }
     try:
         quantized = TfliteNetwork(path)
@@ -135,9 +148,27 @@ def deploy(
             )
             for part, split in splits.items()
         }
+    write_json(report_path, report)  # a compilation takes minutes, and may be interrupted
     report |= _compile(path)
     write_json(report_path, report)
     return report
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, which ties a report to the file that it is of."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _note(trained_on: PackedSplit, splits: Mapping[str, PackedSplit]) -> str | None:
+    """A warning of splits with frames that the network was trained on."""
+    known = set(trained_on.sources)
+    seen = [name for name, split in splits.items() if known.intersection(split.sources)]
+    if not seen:
+        return None
+    return (
+        f"the network was trained on frames of the {' and '.join(seen)} split: metrics there tell "
+        f"what quantization changes, not how good the network is on new frames"
+    )
 
 
 def _some_images(
@@ -150,22 +181,24 @@ def _some_images(
 
 
 def check_contents(contents: Contents, name: str) -> None:
-    """Refuse a file that the Edge TPU compiler would not take wholly.
+    """Refuse operators, versions and types beyond what the Edge TPU compiler accepts.
+
+    Whether it maps what it accepts depends on shapes and options too, see `unmapped_ops`.
 
     Raises:
         RuntimeError: naming the operator or tensor.
     """
     for operator in contents.operators:
-        newest = VERSIONS.get(operator.name)
+        newest = MAX_VERSIONS.get(operator.name)
         if operator.name in FORBIDDEN or newest is None or operator.version > newest:
-            expected = f"at most {newest}" if newest else f"one of {', '.join(VERSIONS)}"
+            expected = f"at most {newest}" if newest else f"one of {', '.join(MAX_VERSIONS)}"
             what = "no such operator" if operator.name in FORBIDDEN else expected
             raise RuntimeError(
                 f"{name}: {operator.outputs[0]} is written by {operator.name} version "
                 f"{operator.version}, expected {what}"
             )
     for tensor in contents.tensors:
-        if tensor.dtype not in ("int8", "uint8", "int32"):
+        if tensor.dtype not in INTEGER_TYPES:
             raise RuntimeError(f"{name}: {tensor.name} is {tensor.dtype}, expected integers only")
 
 
@@ -207,8 +240,8 @@ def measure_latency(path: Path, header: TableHeader, predicted_ms: float) -> dic
     Returns:
         `measured_ms` (the median), `spread_ms` (half the interquartile range), `runs`,
         `measured_on`, and `error_percent` of the prediction, which is null unless the table was
-        measured on this very machine and runtime: times of different devices say nothing of each
-        other.
+        measured on this very machine and runtime, with the same kernels and threads: other times
+        say nothing of these.
     """
     threads = header.threads or 1
     kernels = header.kernels if header.kernels in KERNELS else "default"
@@ -221,6 +254,7 @@ def measure_latency(path: Path, header: TableHeader, predicted_ms: float) -> dic
         header.source == "measured"
         and header.delegate is None
         and (header.machine, header.runtime) == (session["machine"], runtime)
+        and (header.kernels, header.threads) == (kernels, threads)
     )
     error = 100 * (predicted_ms - times["median_ms"]) / times["median_ms"]
     return {

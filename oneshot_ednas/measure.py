@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 FORMAT = 1
+UNIT = "ms"
 INFORMATION = ("python", "numpy", "date")
 """Fields of a session that may change within a file; the others tell machine and runtime."""
 KERNELS = {
@@ -46,6 +47,12 @@ EDGETPU_LIBRARY = {"Darwin": "libedgetpu.1.dylib", "Windows": "edgetpu.dll"}.get
 )
 TIME_LIMIT_S = 60.0
 """Beyond the time a request was given, a silent interpreter process is ended after this."""
+RESTART_PAUSES_S = (0.0, 1.0, 3.0, 10.0)
+"""Waits before each try to start a lost one again: a device needs a moment to come back."""
+MAX_FIRST_FAILURES = 10
+"""When so many models fail before any runs, the delegate and the interpreter do not go together."""
+CORAL_PACKAGES = 'Python 3.7 to 3.9 and pip install "tflite-runtime<=2.9.1" "numpy<2"'
+"""Goes together with the libedgetpu of Coral's Debian packages."""
 _SERVE = "--serve"
 _SESSION_START = b'{"type": "session"'
 
@@ -94,7 +101,7 @@ def find_runtime() -> Runtime:
     problems.append(
         f"no TFLite interpreter is installed for Python {platform.python_version()}: "
         f"pip install ai-edge-litert (Python 3.9 or newer); for a Coral with its stock "
-        f'libedgetpu, Python 3.7 to 3.9 and pip install "tflite-runtime<=2.9.1" "numpy<2"'
+        f"libedgetpu, {CORAL_PACKAGES}"
     )
     raise MissingRuntime(problems[0])
 
@@ -237,7 +244,7 @@ def describe_session(settings: dict[str, Any]) -> dict[str, Any]:
     return {
         "type": "session",
         "format": FORMAT,
-        "unit": "ms",
+        "unit": UNIT,
         **settings,
         "device": settings["device"] or ("Coral Edge TPU" if "edgetpu" in delegate else delegate),
         "machine": f"{board}, {platform.machine()}, {system}",
@@ -278,7 +285,7 @@ class InterpreterProcess:
         if path is None:
             raise Failure("not compiled for the delegate, see compiled.jsonl")
         if self._process.poll() is not None:
-            self._start()
+            self._restart()
         reply = self._reply({"path": str(path), **timing}, timing["max_seconds"])
         if "error" in reply:
             # What failed may have left the runtime or the device in disorder.
@@ -293,6 +300,17 @@ class InterpreterProcess:
         for stream in (self._process.stdin, self._process.stdout, self._noise):
             with contextlib.suppress(BrokenPipeError):
                 stream.close()  # type: ignore[union-attr]
+
+    def _restart(self) -> None:
+        for pause in RESTART_PAUSES_S:
+            time.sleep(pause)
+            try:
+                self._start()
+            except (MissingRuntime, Failure) as error:
+                problem = str(error)
+            else:
+                return
+        raise MissingRuntime(problem)
 
     def _start(self) -> dict[str, Any]:
         self._noise = tempfile.TemporaryFile()  # noqa: SIM115
@@ -415,14 +433,17 @@ def read_records(path: Path) -> tuple[list[dict[str, Any]], int]:
     return records, path.stat().st_size - len(torn)
 
 
-def read_done(path: Path, session: dict[str, Any]) -> tuple[set[tuple[str, int]], int]:
-    """Models and rounds that a file of measurements holds, and its size without a torn line.
+def read_done(path: Path, session: dict[str, Any]) -> tuple[set[tuple[str, int]], set[str], int]:
+    """What a file of measurements holds.
+
+    Returns:
+        Models and rounds that were measured, models that failed, and the size without a torn line.
 
     Raises:
         ValueError: if it is damaged, something else, or from another machine or runtime.
     """
     if not path.exists():
-        return set(), 0
+        return set(), set(), 0
     with path.open("rb") as file:
         if not _SESSION_START.startswith(file.read(len(_SESSION_START))):
             raise ValueError(f"{path} is no file of measurements: name another with --out")
@@ -435,7 +456,8 @@ def read_done(path: Path, session: dict[str, Any]) -> tuple[set[tuple[str, int]]
                     f"{path} holds measurements with {name} {record.get(name)!r}, these would have "
                     f"{session[name]!r}, and a table takes one only: name another with --out"
                 )
-    return {(r["model"], r["round"]) for r in records if r.get("type") == "model"}, size
+    done = {(r["model"], r["round"]) for r in records if r.get("type") == "model"}
+    return done, {r["model"] for r in records if r.get("type") == "failure"}, size
 
 
 def measure_bundle(args: argparse.Namespace) -> None:
@@ -446,8 +468,10 @@ def measure_bundle(args: argparse.Namespace) -> None:
     timing = {n: getattr(args, n) for n in ("runs", "warmup", "min_seconds", "max_seconds")}
     failures: list[str] = []
     with contextlib.closing(InterpreterProcess(settings)) as process:
-        done, size = read_done(args.out, process.session)
+        done, failed, size = read_done(args.out, process.session)
         todo = [(r, m) for r in range(args.rounds) for m in files if (m, r) not in done]
+        # What failed before may fail again and take the device along: the others go first.
+        todo.sort(key=lambda pair: pair[1] in failed or files[pair[1]] is None)
         args.out.parent.mkdir(parents=True, exist_ok=True)
         start = shown = time.monotonic()
         with args.out.open("ab", buffering=0) as file:
@@ -464,6 +488,8 @@ def measure_bundle(args: argparse.Namespace) -> None:
                     failures.append(f"{model}: {error}")
                     _say(f"failed: {failures[-1]}")
                 _append(file, record)
+                if args.delegate and files[model] and not done:
+                    _check_first(failures, count + 1)
                 now = time.monotonic()
                 if now - shown > 10 or count + 1 == len(todo):
                     shown, left = now, (now - start) / (count + 1) * (len(todo) - count - 1)
@@ -474,16 +500,29 @@ def measure_bundle(args: argparse.Namespace) -> None:
     if not todo:
         _say(f"nothing to do: {args.out} holds {args.rounds} rounds of {len(files)} models")
     if failures:
+        cure = "the same command tries them again"
+        missing = list(files.values()).count(None)
+        if missing:
+            cure = f"{missing} models are not compiled: run the step compile on the bundle"
         raise Failure(
-            f"{len(failures)} of {len(todo)} measurements failed, first {failures[0]}; the same "
-            f"command tries them again"
+            f"{len(failures)} of {len(todo)} measurements failed, first {failures[0]}; {cure}"
+        )
+
+
+def _check_first(failures: list[str], count: int) -> None:
+    if len(failures) == count == MAX_FIRST_FAILURES:
+        raise Failure(
+            f"none of the first {count} models runs, the last is {failures[-1]}; the interpreter "
+            f"may not fit the delegate: for a Coral with its stock libedgetpu, {CORAL_PACKAGES}"
         )
 
 
 def _append(file: Any, record: dict[str, Any]) -> None:
     if os.fstat(file.fileno()).st_size != file.tell():
         raise RuntimeError(f"another process writes to {file.name}: end one of the two")
-    file.write(json.dumps(record).encode("ascii") + b"\n")
+    data = memoryview(json.dumps(record).encode("ascii") + b"\n")
+    while data:
+        data = data[file.write(data) :]  # unbuffered, so it may take a part only
     os.fsync(file.fileno())
 
 

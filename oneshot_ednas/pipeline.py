@@ -15,7 +15,7 @@ import torch
 
 from oneshot_ednas.architecture import Architecture
 from oneshot_ednas.data.packed import PackedSplit
-from oneshot_ednas.deploy import deploy
+from oneshot_ednas.deploy import deploy, file_digest
 from oneshot_ednas.derive import (
     BudgetSearch,
     DerivedArchitecture,
@@ -23,6 +23,7 @@ from oneshot_ednas.derive import (
     sample_within_budget,
 )
 from oneshot_ednas.describe import multiply_adds
+from oneshot_ednas.export.edgetpu import find_compiler
 from oneshot_ednas.export.quantize import IoType
 from oneshot_ednas.models.network import Network, build_network
 from oneshot_ednas.ranking import Candidate, rank_candidates
@@ -240,10 +241,12 @@ class Run(Experiment):
     def export(self) -> dict[str, Any]:
         """Write the derived network, first seed, as `model.tflite`, check it, and report.
 
-        An export that is done is not done again, unless it could not be verified.
+        An export that is done is not done again, unless it could not be verified, or not compiled
+        and there is a compiler now.
 
         Raises:
             ValueError: if the network is not trained to its end.
+            RuntimeError: if the file is not what the Edge TPU takes.
         """
         if self._is_exported:
             return dict(read_json(self.files.export))
@@ -313,12 +316,18 @@ class Run(Experiment):
 
     @property
     def _is_exported(self) -> bool:
-        """Whether the export is done and verified, and the network is still the same."""
+        """Whether file and report are of each other and of the network, and no check is left."""
         model, report = self.files.model, self.files.export
-        if not (model.exists() and report.exists()):
+        trained = self.files.checkpoint("retrain.seed_0")
+        if not (trained.exists() and model.exists() and report.exists()):
             return False
-        trained = self.files.checkpoint("retrain.seed_0").stat().st_mtime
-        return trained <= report.stat().st_mtime and read_json(report)["not_verified"] is None
+        held = read_json(report)
+        return (
+            trained.stat().st_mtime <= report.stat().st_mtime
+            and held.get("sha256") == file_digest(model)
+            and held["not_verified"] is None
+            and (held["not_compiled"] is None or find_compiler() is None)
+        )
 
     def report(self) -> Path:
         """Write `report.html` with curves and pictures of predictions."""
@@ -426,9 +435,16 @@ def run_all(run: Run) -> dict[str, Any]:
     if not run.files.architecture.exists():
         run.derive()
     run.retrain()
+    return finish(run)
+
+
+def finish(run: Run) -> dict[str, Any]:
+    """The stages after the trainings; returns the results."""
     results = run.evaluate()
-    run.export()
-    run.report()
+    try:
+        run.export()
+    finally:
+        run.report()  # also of a network that the device does not take
     return results
 
 

@@ -22,7 +22,7 @@ from oneshot_ednas.latency.costs import SpaceCosts
 from oneshot_ednas.latency.table import LatencyTable
 from oneshot_ednas.schema import dump_yaml, find_file, load_yaml, read_json
 from oneshot_ednas.search import check_target
-from oneshot_ednas.space import named_space
+from oneshot_ednas.space import SearchSpace, named_space
 from oneshot_ednas.store import write_json, write_text
 from oneshot_ednas.tasks import Task, make_tasks
 from oneshot_ednas.training import (
@@ -119,6 +119,7 @@ class Experiment:
             FileNotFoundError: for a missing file.
         """
         self.config, self.files = config, RunFiles(folder)
+        self.is_reopened = is_reopened
         self.device = choose_device(config.device)
         self.tasks: dict[str, Task] = make_tasks(config.tasks)
         self.out_channels = {name: task.out_channels for name, task in self.tasks.items()}
@@ -166,8 +167,8 @@ class Experiment:
         """Start the run folder, or go on with it.
 
         Raises:
-            ValueError: if the folder holds another config, another data order, something else
-                than a run, or this run and `resume` was not asked for.
+            ValueError: if the folder holds another config, space, table or data order, something
+                else than a run, or this run and `resume` was not asked for.
         """
         files = self.files
         if files.config.exists():
@@ -193,15 +194,24 @@ class Experiment:
             files.data: ("data", json.dumps(digests, indent=1) + "\n"),
             files.config: ("config", dump_yaml(self.config)),
         }
+        if self.is_reopened:
+            del contents[files.space], contents[files.table]  # they came from there
         for path, (what, text) in contents.items():
-            is_other = path.exists() and path.read_text(encoding="utf-8") != text
-            if is_other and path != files.config:
+            if path != files.config and path.exists() and self._held(path) != text:
                 raise ValueError(
                     f"the {what} has changed since the run began (it is no longer that of {path}); "
                     f"restore it, or start anew with another --out"
                 )
         for path, (_, text) in contents.items():
             write_text(path, text)
+
+    def _held(self, path: Path) -> str:
+        """Text of a file of the folder, of space and table in the form that is written now."""
+        if path == self.files.space:
+            return SearchSpace.load(path).to_yaml()
+        if path == self.files.table:
+            return LatencyTable.load(path).to_text()
+        return path.read_text(encoding="utf-8")
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:

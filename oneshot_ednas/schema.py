@@ -122,6 +122,37 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path}: not valid JSON: {error}") from None
 
 
+def load_json(path: Path, cls: type[T]) -> T:
+    """Read a JSON file into a dataclass, as strictly as `load_yaml`, and many times as fast.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: as for `load_yaml`; the message names file and key, not the line.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    try:
+        root = json.loads(read_text(path), object_pairs_hook=_json_mapping)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from None
+    return cast(T, _Reader(str(path)).read(_json_node(root), cls, ""))
+
+
+def _json_mapping(pairs: list[tuple[str, Any]]) -> yaml.Node:
+    nodes = [(_json_node(key), _json_node(value)) for key, value in pairs]
+    return yaml.MappingNode("tag:yaml.org,2002:map", nodes)
+
+
+def _json_node(value: Any) -> yaml.Node:
+    if isinstance(value, yaml.Node):
+        return value
+    if isinstance(value, list):
+        return yaml.SequenceNode("tag:yaml.org,2002:seq", [_json_node(item) for item in value])
+    kind = "null" if value is None else type(value).__name__
+    text = value if isinstance(value, str) else json.dumps(value)
+    return yaml.ScalarNode(f"tag:yaml.org,2002:{kind}", text)
+
+
 def to_plain(value: Any) -> Any:
     """A dataclass as nested dicts, lists and scalars, ready for YAML or JSON."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -297,7 +328,10 @@ class _Reader:
             raise TypeError(f"{where}: fields of type {kind} cannot be read from YAML")
         if node.tag not in _SCALAR_TAGS[kind]:
             raise wrong
-        return yaml.safe_load(node.value)
+        try:
+            return json.loads(node.value)  # nearly all are spelt so, and YAML is slow
+        except ValueError:
+            return yaml.safe_load(node.value)
 
 
 def _join(where: str, key: str) -> str:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,14 +23,12 @@ from oneshot_ednas.bundle.measurements import read_measurements
 from oneshot_ednas.bundle.models import layout_adds, layout_of
 from oneshot_ednas.bundle.robust import fit_nonnegative, jackknife
 from oneshot_ednas.correlation import kendall_tau, spearman
-from oneshot_ednas.latency.edgetpu import EdgeTpu
 from oneshot_ednas.latency.operations import (
     Operation,
     distinct_operations,
     network_io_bytes,
     network_operations,
 )
-from oneshot_ednas.latency.simulate import operation_layers
 from oneshot_ednas.latency.table import LatencyTable
 from oneshot_ednas.schema import to_plain
 from oneshot_ednas.space import SearchSpace
@@ -465,23 +463,48 @@ def test_lines_may_come_in_any_order_and_from_several_files(tmp_path, device, bu
     assert assemble_table(tmp_path, parts).table.to_text() == expected
 
 
-def test_networks_kept_back_take_no_part_in_the_table(tmp_path, device, bundle):
-    lines = measure(device, bundle, noise=0.02)
+@pytest.mark.parametrize("terms", [{}, STREAMING], ids=["cpu", "streams"])
+def test_networks_kept_back_take_no_part_in_the_table(tmp_path, terms):
+    device = random_device(**terms)
+    bundle = write_bundle(tmp_path, device)
+    session = EDGETPU if terms else SESSION
+    if terms:
+        write_compiled(tmp_path, device, bundle)
+    lines = measure(device, bundle, session=session, noise=0.02)
     one = assemble(tmp_path, lines)
     kept = {network.model for network in one.report.networks if network.is_held_out}
-    other = assemble(
-        tmp_path,
-        [
-            line | {"median_ms": 1.5 * line["median_ms"]} if line.get("model") in kept else line
-            for line in lines
-        ],
-    )
+    slower = [
+        line | {"median_ms": 1.5 * line["median_ms"]} if line.get("model") in kept else line
+        for line in lines
+    ]
+    if terms:
+        path = tmp_path / "compiled.jsonl"
+        compiled = [json.loads(line) for line in path.read_text().splitlines()]
+        more = {"on_chip_bytes": 10, "off_chip_bytes": 5000}
+        write_lines(path, [line | more if line["model"] in kept else line for line in compiled])
+    other = assemble(tmp_path, slower)
     assert other.table.rows == one.table.rows
     assert other.report.terms == one.report.terms
+    assert other.table.header.cache_bytes == one.table.header.cache_bytes
+    assert (one.table.header.cache_bytes > 0) == bool(terms)
     assert other.report.fit_mape == one.report.fit_mape
-    assert other.report.held_out_mape > 30 > one.report.held_out_mape
-    again = assemble(tmp_path, lines, seed=7).report
+    assert other.report.held_out_mape > 25 > one.report.held_out_mape
+    again = assemble(tmp_path, slower, seed=7).report
     assert {network.model for network in again.networks if network.is_held_out} != kept
+
+
+def test_a_cache_that_holds_every_network_of_the_fit_holds_the_largest(tmp_path):
+    device = random_device(**STREAMING)
+    bundle = write_bundle(tmp_path, device)
+    # Only files with many copies exceed it.
+    largest = max(device.network_bytes(network) for network in bundle.networks)
+    device = replace(device, cache_bytes=float(largest))
+    write_compiled(tmp_path, device, bundle)
+    found = assemble(tmp_path, measure(device, bundle, session=EDGETPU))
+    check_terms(found, device, rel=1e-6)
+    assert 0.8 * largest < found.table.header.cache_bytes <= largest
+    # A network that is kept back may have more parameters than those of the fit.
+    assert found.report.held_out_mape < 1
 
 
 def test_a_row_below_its_noise_is_not_free(tmp_path):
@@ -534,15 +557,36 @@ def test_a_row_that_is_all_streaming_is_not_free(tmp_path):
 # Parameter bytes ------------------------------------------------------------------------------
 
 
-def test_parameter_bytes_of_an_edge_tpu_without_a_compiler_are_the_padded_ones(
-    tmp_path, device, bundle
-):
-    found = assemble(tmp_path, measure(device, bundle, session=EDGETPU))
-    tpu = EdgeTpu.load()
-    for operation, row in found.table.rows.items():
-        layers = operation_layers(operation)
-        assert row.parameter_bytes == sum(tpu.parameter_bytes(layer) for layer in layers)
-    assert found.table.header.streaming_ms_per_byte == 0
+@pytest.mark.parametrize("key", ["compiler", "delegate"])
+def test_compiled_models_need_what_the_compiler_said(tmp_path, device, bundle, key):
+    lines = measure(device, bundle, session=SESSION | {key: EDGETPU[key]})
+    message = r"holds no compiled\.jsonl.*; bring it back beside manifest\.json from where the"
+    with pytest.raises(FileNotFoundError, match=message):
+        assemble(tmp_path, lines)
+    write_compiled(tmp_path, device, bundle)
+    if key == "compiler":
+        assert sorted(assemble(tmp_path, lines).table.rows) == ROWS
+
+
+def test_what_another_compiler_said_is_refused(tmp_path, device, bundle):
+    write_compiled(tmp_path, device, bundle)
+    lines = measure(device, bundle, session=EDGETPU | {"compiler": "15.0"})
+    message = r"compiled\.jsonl is of edgetpu_compiler 16\.0\.384591198, the .* are of 15\.0; bring"
+    with pytest.raises(ValueError, match=message):
+        assemble(tmp_path, lines)
+
+
+def test_models_that_ran_in_part_on_the_host_are_warned_of(tmp_path, device, bundle):
+    write_compiled(tmp_path, device, bundle)
+    path, names = tmp_path / "compiled.jsonl", [bundle.models[5], bundle.models[9]]
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    write_lines(path, [line | {"unmapped": int(line["model"] in names)} for line in lines])
+    text = f"2 of {len(bundle.models)} models ran in part on the host"
+    with pytest.warns(UserWarning, match=f"{text}, such as {', '.join(names)}: these times are"):
+        found = assemble(tmp_path, measure(device, bundle, session=EDGETPU))
+    assert found.report.partly_mapped == tuple(names)
+    assert "2 ran in part on the host" in found.report.text()
+    assert found.table.header.note == text
 
 
 def test_what_the_compiler_said_does_not_matter_to_a_cpu(tmp_path, device, bundle):
@@ -563,13 +607,13 @@ def test_operations_without_a_time_are_refused_or_left_out(tmp_path, device, bun
     entry = next(e for e in bundle.operations if e.operation.op == "fused_ibn")
     model = entry.files[1].model
     lines = without(measure(device, bundle), {model})
-    message = rf"no times of 1 operations \(such as {entry.operation}\); start measure\.py again"
+    message = rf"no times of 1 operations \(such as {entry.operation}\), which 1 rows need; start"
     with pytest.raises(ValueError, match=f"{message}.* with --allow-missing"):
         assemble(tmp_path, lines)
     lines.append({"type": "failure", "model": model, "round": 0, "error": "delegate failed"})
     with pytest.raises(ValueError, match=rf"1 models failed \(such as {model}: delegate failed\)"):
         assemble(tmp_path, lines)
-    with pytest.warns(UserWarning, match=rf"such as {entry.operation}.*will say so"):
+    with pytest.warns(UserWarning, match=rf"such as {entry.operation}\).*will say so"):
         found = assemble(tmp_path, lines, allow_missing=True)
     assert found.report.missing == (entry.operation,)
     assert found.report.failures == {model: "delegate failed"}
@@ -588,7 +632,8 @@ def test_a_missing_addition_takes_along_what_it_is_subtracted_from(tmp_path, dev
     lines = without(measure(device, bundle), {entry.files[0].model})
     needing = {e.operation for e in bundle.operations if add in e.adds}
     assert needing
-    with pytest.warns(UserWarning, match=f"no times of {len(needing)} operations"):
+    message = rf"no times of 1 operations \(such as {add}\), which {len(needing)} rows need"
+    with pytest.warns(UserWarning, match=message):
         found = assemble(tmp_path, lines, allow_missing=True)
     assert set(found.report.missing) == needing
 

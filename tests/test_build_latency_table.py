@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 import warnings
@@ -13,6 +14,7 @@ from click.testing import CliRunner, Result
 from oneshot_ednas.bundle.manifest import read_bundle, read_space
 from oneshot_ednas.latency.operations import distinct_operations
 from oneshot_ednas.latency.table import LatencyTable
+from oneshot_ednas.space import SearchSpace
 
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "build_latency_table.py"
 SPACE = """
@@ -55,6 +57,8 @@ def exported(tool, tmp_path_factory) -> Path:
     """A folder with the space and its bundle. Read only."""
     folder = tmp_path_factory.mktemp("chain")
     (folder / "space.yaml").write_text(SPACE)
+    space = SearchSpace.from_yaml(SPACE)
+    (folder / "fixed.yaml").write_text(space.fix(space.base_architecture).to_yaml())
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(warnings, "showwarning", warnings.showwarning)
@@ -125,6 +129,12 @@ def test_a_second_export_keeps_the_first(exported, call, monkeypatch):
         (("export", "nothing", *EXPORT[2:], "--out", "x"), "no search space nothing; shipped: "),
         ((*EXPORT[:5], "--tasks", "depth", "--out", "x"), "--tasks: expected name=channels"),
         ((*EXPORT[:3], "8", "8", "--out", "x"), "image size: expected at least 16x16, got 8x8"),
+        ((*EXPORT, "--out", "x", "--networks", "15"), "at least 16 whole ones, got 15"),
+        ((*EXPORT, "--out", "x", "--networks", "-1"), "at least 16 whole ones, got -1"),
+        (
+            ("export", "fixed.yaml", *EXPORT[2:], "--out", "x"),
+            "at least 16 whole ones, got 1 in the whole space",
+        ),
         (("compile", "nothing"), "no bundle folder nothing; make one with"),
         (("measure", "nothing", "--out", "x"), "nothing is no bundle"),
         (("assemble", "nothing", "x.jsonl", "--out", "x.csv"), "no bundle folder nothing; make"),
@@ -140,6 +150,37 @@ def test_bad_input_is_one_line_and_exit_2(exported, call, monkeypatch, capfd, ar
     assert result.stderr.count("\n") == 1
     assert not (exported / "x").exists()
     assert not (exported / "x.csv").exists()
+
+
+def test_no_networks_are_exported_with_a_warning(exported, call, tmp_path, monkeypatch):
+    monkeypatch.chdir(exported)
+    arguments = ["export", "fixed.yaml", *EXPORT[2:], "--networks", "0", "--out", tmp_path / "x"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        result = call(*arguments)
+    assert result.exit_code == 0, result.stderr
+    assert result.stderr == "warning: without whole networks no table can be assembled\n"
+    assert read_bundle(tmp_path / "x").networks == ()
+
+
+def test_a_model_that_runs_in_part_on_the_host_is_named(exported, call, tmp_path, monkeypatch):
+    compiler = tmp_path / "edgetpu_compiler"
+    compiler.write_text(
+        '#!/bin/sh\ncp "$4" "$3/$(basename "$4" .tflite)_edgetpu.tflite"\necho "'
+        "Edge TPU Compiler version 16.0\nModel compiled successfully in 9 ms.\n"
+        "On-chip memory used for caching model parameters: 2.50KiB\n"
+        "Off-chip memory used for streaming uncached model parameters: 0.00B\n"
+        "Number of Edge TPU subgraphs: 1\nTotal number of operations: 3\n"
+        "Operator  Count  Status\nCONV_2D  2  Mapped to Edge TPU\n"
+        'ADD  1  Operation version not supported"\n'
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    bundle = shutil.copytree(exported / "bundle", tmp_path / "bundle")
+    result = call("compile", bundle)
+    assert result.exit_code == 0, result.stderr
+    models = read_bundle(bundle).models
+    assert f"{len(models)} run in part on the host (such as {models[0]})" in result.stdout
 
 
 def test_models_that_do_not_compile_end_in_exit_1(exported, call, tmp_path, monkeypatch):

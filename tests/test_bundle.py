@@ -44,6 +44,7 @@ from oneshot_ednas.export.runtime import TfliteNetwork
 from oneshot_ednas.latency.operations import OPERATION_KINDS, Operation, distinct_operations
 from oneshot_ednas.measure import open_interpreter
 from oneshot_ednas.models.network import build_network
+from oneshot_ednas.schema import load_yaml
 from oneshot_ednas.space import SearchSpace
 
 SPACE = SearchSpace.from_yaml("""
@@ -375,6 +376,7 @@ def test_a_bundle_is_ready_to_be_copied_to_a_device(built):
     text = (built / "README.txt").read_text()
     assert "python3 measure.py . --out measured.jsonl" in text
     assert "mini" in text
+    assert 'pip install "tflite-runtime<=2.9.1" "numpy<2"' in text
     assert "{" not in text
 
 
@@ -514,6 +516,12 @@ def test_a_damaged_manifest_is_refused_with_the_key(built, tmp_path, change, mes
     (tmp_path / "manifest.json").write_text(json.dumps(data))
     with pytest.raises(ValueError, match=rf"manifest.json(:\d+)?: .*{message}"):
         read_bundle(tmp_path)
+
+
+def test_a_manifest_is_read_like_yaml_without_its_slow_parser(built, bundle, monkeypatch):
+    assert load_yaml(built / "manifest.json", Bundle) == bundle
+    monkeypatch.setattr("yaml.SafeLoader", None)
+    assert read_bundle(built) == bundle
 
 
 @pytest.mark.parametrize("text", ["", '{"format": 1', "[]", "3", '{"format": 1, "format": 1}'])

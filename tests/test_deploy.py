@@ -1,5 +1,6 @@
 """A trained network as a file: what is refused, compared, measured and compiled."""
 
+import hashlib
 import math
 from dataclasses import replace
 
@@ -22,6 +23,7 @@ from oneshot_ednas.deploy import (
 )
 from oneshot_ednas.export import export_tflite, read_contents
 from oneshot_ednas.export.contents import FileOperator
+from oneshot_ednas.export.edgetpu import MAX_VERSIONS
 from oneshot_ednas.export.runtime import TfliteNetwork
 from oneshot_ednas.latency.table import LatencyTable
 from oneshot_ednas.measure import describe_session
@@ -79,6 +81,16 @@ def test_the_report_is_that_of_the_file(tiny, network, tmp_path):
     assert set(report["metrics"]["held out"]["segmentation"]) == {"miou", "pixel_accuracy"}
     assert report["latency"]["measured_ms"] > 0
     assert report["unmapped"] == []
+    digest = hashlib.sha256((tmp_path / "m.tflite").read_bytes()).hexdigest()
+    assert report["sha256"] == digest
+
+
+def test_splits_with_frames_that_were_trained_on_are_named(tiny, network, tmp_path):
+    new = replace(tiny.train, sources=tuple(f"new/{name}" for name in tiny.train.sources))
+    few, known = new.subset(range(2)), tiny.train.subset(range(2))
+    assert deployed(tiny, network, tmp_path, splits={"test": few})["note"] is None
+    note = deployed(tiny, network, tmp_path, splits={"test": few, "validation": known})["note"]
+    assert note.startswith("the network was trained on frames of the validation split: ")
 
 
 def test_the_choice_of_calibration_frames_is_seeded(tiny, network, tmp_path):
@@ -151,9 +163,9 @@ def test_operators_and_types_that_the_device_lacks_are_refused(file):
         added = FileOperator(name=name, version=version, inputs=("a",), outputs=("head/b",))
         check_contents(replace(contents, operators=(*contents.operators, added)), "m.tflite")
 
-    with_operator("ADD", 2)
-    with pytest.raises(RuntimeError, match=r"m.tflite: head/b is written by ADD version 3, .* 2"):
-        with_operator("ADD", 3)
+    with_operator("ADD", 3)  # newer than what is written here, and accepted
+    with pytest.raises(RuntimeError, match=r"m.tflite: head/b is written by ADD version 4, .* 3"):
+        with_operator("ADD", 4)
     with pytest.raises(RuntimeError, match=r"head/b is written by PAD .* expected no such op"):
         with_operator("PAD", 1)
     with pytest.raises(RuntimeError, match=r"by CUSTOM version 1, expected one of ADD, AVERAGE_"):
@@ -161,6 +173,14 @@ def test_operators_and_types_that_the_device_lacks_are_refused(file):
     floats = (*contents.tensors, replace(contents.tensors[0], name="x", dtype="float32"))
     with pytest.raises(RuntimeError, match="x is float32, expected integers only"):
         check_contents(replace(contents, tensors=floats), "m.tflite")
+
+
+def test_a_refused_file_does_not_stay(tiny, network, tmp_path, monkeypatch):
+    deployed(tiny, network, tmp_path, splits={})
+    monkeypatch.setitem(MAX_VERSIONS, "ADD", 1)
+    with pytest.raises(RuntimeError, match=r"is written by ADD version 2, expected at most 1"):
+        deployed(tiny, network, tmp_path, splits={})
+    assert list(tmp_path.iterdir()) == []
 
 
 # Comparison ---------------------------------------------------------------------------------
@@ -225,6 +245,9 @@ def test_a_prediction_is_judged_only_by_the_same_machine_and_runtime(tiny, file)
         measured_table(tiny.table, runtime="tflite_runtime 2.5.0"),
         measured_table(tiny.table, machine="Raspberry Pi 4"),
         measured_table(tiny.table, delegate="libedgetpu.so.1"),
+        measured_table(tiny.table, kernels="of another runtime"),
+        measured_table(tiny.table, kernels=None),
+        measured_table(tiny.table, threads=None),
     ]
     for table in others:
         other = report(table)
@@ -292,6 +315,32 @@ def test_a_failing_compiler_loses_neither_file_nor_report(tiny, network, tmp_pat
     assert "(exit status 1): Internal compiler error. Aborting!" in report["not_compiled"]
     assert report["metrics"]
     assert report == read_json(tmp_path / "m.json")
+
+
+def test_a_compiler_that_cannot_be_run_loses_neither(tiny, network, tmp_path, compiler):
+    compiler("\x7fELF of another machine")
+    report = deployed(tiny, network, tmp_path, splits={})
+    assert "cannot be run (Exec format error)" in report["not_compiled"]
+    assert report == read_json(tmp_path / "m.json")
+
+
+def test_the_report_is_there_while_the_compiler_runs(tiny, network, tmp_path, compiler):
+    compiler('#!/bin/sh\ncp "${4%.tflite}.json" "$4.seen"\nexit 1\n')
+    report = deployed(tiny, network, tmp_path, splits={})
+    seen = read_json(tmp_path / "m.tflite.seen")
+    assert seen["not_compiled"] == "edgetpu_compiler has not come to its end"
+    assert {key for key in report if report[key] != seen[key]} == {"not_compiled"}
+
+
+def test_a_compiled_file_of_an_earlier_file_does_not_stay(
+    tiny, network, tmp_path, compiler, monkeypatch
+):
+    compiler(COMPILER)
+    deployed(tiny, network, tmp_path, splits={})
+    assert (tmp_path / "m_edgetpu.tflite").is_file()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert deployed(tiny, network, tmp_path, splits={})["compiler"] is None
+    assert not (tmp_path / "m_edgetpu.tflite").exists()
 
 
 def test_no_compiler_is_said(tiny, network, tmp_path, monkeypatch):

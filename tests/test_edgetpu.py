@@ -26,7 +26,7 @@ from oneshot_ednas.latency.edgetpu import (
     split_units,
     work,
 )
-from oneshot_ednas.latency.published import read_networks, score_networks
+from oneshot_ednas.latency.published import read_networks, score, score_networks
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / os.environ.get("ONESHOT_EDNAS_SHARED_DATA", "../shared/data") / "edgetpu"
@@ -427,6 +427,19 @@ def test_the_fit_ends_at_one_optimum_from_any_start(tool, features, data):
     ]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     assert all(low <= found[name] <= high for name, (_, low, high) in tool.BOUNDS.items())
+
+
+@needs_networks
+def test_leaving_each_network_out_gives_the_shipped_errors(tool, features):
+    networks = read_networks(NETWORKS)
+    found = score(networks, tool.leave_one_out(features).tolist())
+    assert found["hosts"].keys() == set(tool.FITTED_HOSTS)
+    stored = CONSTANTS.leave_one_out
+    assert found["all"] == pytest.approx(stored["all"], rel=1e-3)
+    for part in ("groups", "hosts"):
+        assert found[part].keys() == stored[part].keys()
+        for name, errors in found[part].items():
+            assert errors == pytest.approx(stored[part][name], rel=1e-3), name
 
 
 @needs_networks

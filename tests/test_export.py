@@ -20,6 +20,7 @@ from oneshot_ednas import (
 from oneshot_ednas.architecture import BlockArchitecture
 from oneshot_ednas.export.calibration import calibrate
 from oneshot_ednas.export.contents import read_contents
+from oneshot_ednas.export.edgetpu import MAX_VERSIONS
 from oneshot_ednas.export.flatbuffer import write_tflite
 from oneshot_ednas.export.graph import Conv, Graph, trace
 from oneshot_ednas.export.quantize import activation_quantization, quantize, same_padding
@@ -30,20 +31,6 @@ from oneshot_ednas.space import BlockSpec
 SMALL_SPACE = SearchSpace.from_yaml(SMALL_YAML)
 laws = settings(deadline=None, derandomize=True, max_examples=60)
 TASKS = {"segmentation": 5, "depth": 1}
-# What edgetpu_compiler 16, of TensorFlow 2.5's days, accepts at most.
-MAX_VERSIONS = {
-    "ADD": 3,
-    "CONV_2D": 5,
-    "DEPTHWISE_CONV_2D": 6,
-    "PAD": 3,
-    "QUANTIZE": 2,
-    "RESIZE_BILINEAR": 4,
-    "RESIZE_NEAREST_NEIGHBOR": 4,
-    "MAX_POOL_2D": 3,
-    "AVERAGE_POOL_2D": 3,
-    "RELU": 2,
-    "RELU6": 2,
-}
 
 
 def images(count, *size, seed=0):
@@ -125,9 +112,11 @@ def test_odd_sizes_keep_same_padding_and_pooling():
 
 def test_tracing_leaves_mode_and_weights_alone():
     net = network(SMALL_SPACE).train()
+    net.bifpn.eval()  # frozen by its owner
     before = {name: value.clone() for name, value in net.state_dict().items()}
     trace(net, (1, 3, 32, 64))
     assert net.training
+    assert not net.bifpn.training
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
@@ -280,6 +269,36 @@ def test_each_operation_runs_in_the_interpreter_as_in_torch(name, module):
     assert steps <= 3, name
 
 
+class Reused(nn.Module):
+    """A convolution's result, read by what could be merged into it, and once more as it is."""
+
+    def __init__(self, after):
+        super().__init__()
+        self.conv, self.after = nn.Conv2d(3, 3, 1), after
+
+    def forward(self, x):
+        y = self.conv(x)
+        return self.after(F.dropout(y, training=False).contiguous()) + y
+
+
+def test_an_activation_is_not_fused_into_what_others_read_too():
+    torch.manual_seed(0)
+    module, x = Reused(nn.ReLU6()), images(2, 3, 8, 8) * 4
+    with torch.no_grad():
+        torch.testing.assert_close(trace(module, (1, 3, 8, 8)).run(x)["add"], module(x))
+
+
+def test_batch_norm_is_not_folded_into_what_others_read_too():
+    with pytest.raises(ValueError, match="whose output nothing else reads"):
+        trace(Reused(nn.BatchNorm2d(3)), (1, 3, 8, 8))
+
+
+def test_a_negative_padding_is_refused():
+    module = nn.Sequential(Function(lambda x: F.pad(x, (-1, -1, -1, -1))), nn.Conv2d(3, 4, 1))
+    with pytest.raises(ValueError, match="expected zero padding"):
+        trace(module, (1, 3, 8, 8))
+
+
 def test_torchs_own_padding_at_stride_two_costs_a_pad_operation():
     data = exported(nn.Conv2d(3, 4, 3, padding=1, stride=2), images(2, 3, 8, 8))
     assert read_contents(data).counts == {"PAD": 1, "CONV_2D": 1}
@@ -389,6 +408,10 @@ def test_an_unknown_operation_is_named_with_its_module():
         (lambda x: F.hardtanh(x + x, -1, 1), "clip to 0..6"),
         (lambda x: F.max_pool2d(x, 3, stride=2, padding=1), "without padding"),
         (lambda x: F.max_pool2d(x, (2, 1)), "one kernel_size"),
+        (lambda x: F.avg_pool2d(x, 2, divisor_override=1), "without padding, dilation and divisor"),
+        (lambda x: torch.add(x, x, alpha=0), "sum of two maps"),
+        (lambda x: F.interpolate(x, scale_factor=1.7), "factors that give whole sizes"),
+        (lambda x: torch.ones(1, 3, 8, 8), "expected a computed map, got a constant"),
         (lambda x: x, "nothing would compute it"),
     ],
 )
@@ -431,7 +454,19 @@ def test_calibration_needs_images(tmp_path):
         )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        export_tflite(net, tmp_path / "m", calibration_images=images(10, 3, 32, 64))
+        enough = [torch.empty(0, 3, 32, 64), images(10, 3, 32, 64)]
+        export_tflite(net, tmp_path / "m", calibration_images=enough)
+
+
+def test_an_input_range_has_a_lower_and_a_higher_end(tmp_path):
+    for wrong in ((1.0, -1.0), (0.0, 0.0), (0.0, torch.inf)):
+        with pytest.raises(ValueError, match="expected a low and a higher end"):
+            export_tflite(
+                network(SMALL_SPACE),
+                tmp_path / "m",
+                calibration_images=images(12, 3, 32, 64),
+                input_range=wrong,
+            )
 
 
 def test_values_that_are_not_finite_are_named(tmp_path):

@@ -30,6 +30,22 @@ def unchanged(finished_run):
 
 
 @pytest.mark.usefixtures("unchanged")
+def test_frames_that_the_network_was_trained_on_are_said_to_be(finished_run, tmp_path):
+    def exported(*arguments):
+        text = good("export", finished_run, "--out", tmp_path / "net.tflite", *arguments).stdout
+        return text, read_json(tmp_path / "net.json")["note"]
+
+    text, note = exported()
+    assert note.startswith("the network was trained on frames of the validation split: ")
+    assert f"\nnote: {note}\n" in text
+    text, note = exported("--split", "test")
+    assert note is None
+    assert "note:" not in text
+    shown = " ".join(good("export", "--help").stdout.split())
+    assert "the network was retrained on those of validation, too." in shown
+
+
+@pytest.mark.usefixtures("unchanged")
 def test_a_run_is_exported_with_its_report_beside_it(finished_run, tmp_path):
     out = tmp_path / "new" / "net.tflite"
     report = json.loads(good("export", finished_run, "--out", out, "--json").stdout)
@@ -110,7 +126,7 @@ def test_without_an_interpreter_the_file_is_written_and_said_to_be_unverified(
     assert "not verified: no TFLite interpreter is installed" in text
     assert "pip install ai-edge-litert" in text
     assert "; not measured here" in text
-    assert "validation split" not in text
+    assert "validation" not in text
     assert out.read_bytes() == (finished_run / "model.tflite").read_bytes()
 
 
@@ -185,6 +201,14 @@ def test_another_suffix_or_a_folder_is_no_file_to_write(finished_run, tmp_path, 
     (tmp_path / "folder.tflite").mkdir()
     line = refused("export", finished_run, "--out", tmp_path / name)
     assert "--out: expected a file named *.tflite, got" in line
+
+
+@pytest.mark.usefixtures("unchanged")
+def test_the_runs_own_export_is_not_overwritten(finished_run, monkeypatch):
+    monkeypatch.chdir(finished_run.parent)
+    line = refused("export", finished_run, "--baseline", "base", "--out", "finished/model.tflite")
+    assert "finished/model.tflite is the run's own export, which oneshot-ednas evaluate" in line
+    assert line.endswith("; choose another file")
 
 
 def test_a_report_does_not_overwrite_something_else(finished_run, tmp_path):

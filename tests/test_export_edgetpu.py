@@ -208,8 +208,32 @@ def test_a_failure_is_told_in_the_compilers_words(stand_in, model, tmp_path, sta
         "Compilation child process completed within timeout period.\n"
         f"Compilation failed! \nEND\nexit {status}\n"
     )
-    words = "ERROR: Restored .* | Compilation failed due to large activation tensors in model. | "
-    with pytest.raises(RuntimeError, match=f"exit status {status}.*{words}Compilation failed!"):
+    words = (
+        f"(exit status {status}): "
+        "ERROR: Restored original execution plan after delegate application failure. | "
+        "Compilation failed: Compilation failed due to large activation tensors in model. | "
+        "Compilation failed!"
+    )
+    with pytest.raises(RuntimeError, match=re.escape(words) + "$"):
+        compile_model(model, tmp_path)
+
+
+def test_a_failure_that_exits_with_0_is_seen_beside_an_earlier_success(stand_in, model, tmp_path):
+    stand_in(succeeding(printed(WHOLE)))
+    compile_model(model, tmp_path)
+    stand_in(f"cat <<'END'\n{printed(WHOLE)}END\n")
+    with pytest.raises(RuntimeError, match=r"failed on .*net.tflite \(exit status 0\)"):
+        compile_model(model, tmp_path)
+    assert not compiled_path(model, tmp_path).exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(b"\x7fELF of another machine", "Exec format error"), (b"#!/gone/sh\n", "No such file or d")],
+)
+def test_a_compiler_that_cannot_be_run_is_a_failure(stand_in, model, tmp_path, content, reason):
+    stand_in("").write_bytes(content)
+    with pytest.raises(RuntimeError, match=rf"bin/edgetpu_compiler cannot be run \({reason}"):
         compile_model(model, tmp_path)
 
 

@@ -10,18 +10,20 @@ import sys
 
 import pytest
 import torch
+from test_cli import call, good
 from tiny import new_run, tiny_table
 
 from oneshot_ednas.architecture import Architecture
 from oneshot_ednas.cli.runs import reopen
 from oneshot_ednas.config import ExperimentConfig, load_config
+from oneshot_ednas.export.edgetpu import MAX_VERSIONS
 from oneshot_ednas.latency.table import LatencyTable
 from oneshot_ednas.pipeline import Run, run_all
 from oneshot_ednas.ranking import rank_candidates
 from oneshot_ednas.run_folder import RunFiles
 from oneshot_ednas.schema import load_yaml, read_json
 from oneshot_ednas.space import SearchSpace
-from oneshot_ednas.store import load_checkpoint
+from oneshot_ednas.store import load_checkpoint, write_json
 from oneshot_ednas.training import Interrupted, StageLog
 
 STAGES = ["search", "retrain.seed_0", "retrain.seed_1", "baseline.base", "baseline.random"]
@@ -188,6 +190,66 @@ def test_an_export_is_done_once(project, finished_run, tmp_path, monkeypatch):
     assert (out / "model.tflite").read_bytes() == (finished_run / "model.tflite").read_bytes()
 
 
+@pytest.fixture
+def own_copy(project, finished_run, tmp_path):
+    """A finished run to change."""
+    return new_run(project, shutil.copytree(finished_run, tmp_path / "run"), resume=True)
+
+
+def test_a_file_that_is_not_that_of_the_report_is_written_anew(own_copy, finished_run):
+    own_copy.files.model.write_bytes(b"another network")
+    report = own_copy.export()
+    assert own_copy.files.model.read_bytes() == (finished_run / "model.tflite").read_bytes()
+    assert report["sha256"] == read_json(finished_run / "export.json")["sha256"]
+
+
+def test_an_export_is_compiled_once_there_is_a_compiler(own_copy, tmp_path, monkeypatch):
+    script = tmp_path / "bin" / "edgetpu_compiler"
+    script.parent.mkdir()
+    # In place of the Edge TPU compiler, which is a closed program.
+    script.write_text("#!/bin/sh\necho refused\nexit 1\n")
+    script.chmod(0o755)
+    assert "is not on PATH" in own_copy.export()["not_compiled"]
+    monkeypatch.setenv("PATH", str(script.parent), prepend=os.pathsep)
+    assert own_copy.export()["not_compiled"].endswith("(exit status 1): refused")
+
+
+def test_an_export_without_its_training_is_refused_with_the_command_to_run(own_copy):
+    own_copy.files.checkpoint("retrain.seed_0").unlink()
+    with pytest.raises(ValueError, match=r"retrain.seed_0 is not trained to its end; run oneshot"):
+        own_copy.export()
+
+
+def test_a_network_that_the_device_does_not_take_has_its_report_all_the_same(own_copy, monkeypatch):
+    files = own_copy.files
+    page = files.folder / "report.html"
+    for path in (files.export, page):
+        path.unlink()
+    monkeypatch.setitem(MAX_VERSIONS, "CONV_2D", 1)
+    with pytest.raises(RuntimeError, match="is written by CONV_2D version 3, expected at most 1"):
+        run_all(own_copy)
+    assert "The network is not exported." in page.read_text()
+    assert not files.model.exists()
+    # The page takes seconds, and is the same.
+    monkeypatch.setattr("oneshot_ednas.pipeline.write_report", lambda at, **_: page.touch() or at)
+    page.unlink()
+    result = call("evaluate", files.folder)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert page.exists()
+
+
+def test_the_printed_time_has_all_stages_in_it(own_copy, monkeypatch):
+    def export(run):
+        write_json(run.files.seconds, run.seconds | {"export": 5000.0})
+
+    monkeypatch.setattr(Run, "export", export)
+    monkeypatch.setattr("oneshot_ednas.pipeline.write_report", lambda at, **_: at)
+    text = good("evaluate", own_copy.files.folder).stdout
+    seconds = sum(read_json(own_copy.files.seconds).values())
+    assert seconds > 5000
+    assert f"{seconds:.0f} s in all" in text
+
+
 def test_a_machine_without_an_interpreter_finishes_a_run(
     project, finished_run, tmp_path, monkeypatch, capsys
 ):
@@ -321,6 +383,25 @@ def test_a_space_or_data_that_changed_since_is_refused(project, finished_run, tm
         new_run(project, out, resume=True)
     (out / "latency_table.csv").write_text(table)
     new_run(project, out, resume=True, overrides=["device=cpu", "data.workers=1"])
+
+
+def test_a_table_and_space_in_the_form_of_an_older_version_are_the_same(
+    project, finished_run, tmp_path
+):
+    out = shutil.copytree(finished_run, tmp_path / "run")
+    table = (out / "latency_table.csv").read_text()
+    older = "# held_out_spearman: null\n# note: ''\n" + table
+    (out / "latency_table.csv").write_text(older)
+    space = "# by hand\n" + (out / "space.yaml").read_text()
+    (out / "space.yaml").write_text(space)
+    reopen(out, None)
+    assert (out / "latency_table.csv").read_text() == older
+    assert (out / "space.yaml").read_text() == space
+    new_run(project, out, resume=True)
+    assert (out / "latency_table.csv").read_text() == table
+    (out / "latency_table.csv").write_text(older.replace("fixed_ms: ", "fixed_ms: 1"))
+    with pytest.raises(ValueError, match="the latency table has changed since the run began"):
+        new_run(project, out, resume=True)
 
 
 def test_a_reopened_run_needs_neither_the_space_nor_the_table_it_began_with(

@@ -49,6 +49,29 @@ def test_a_search_and_a_run_go_on_with_the_option(project, tmp_path, setting, mo
     assert json.loads(result.stdout)["latency_ms"] <= 5.0
 
 
+@pytest.mark.parametrize(
+    ("option", "unknown"),
+    [
+        (["--host", "usb2-raspberry-pi"], "usb2-raspberry-pi at 500 MHz"),
+        (["--clock-mhz", "250"], "usb3-desktop at 250 MHz"),
+        (["--host", "pcie-desktop"], None),
+    ],
+)
+def test_a_table_for_what_nobody_measured_says_so(project, tmp_path, option, unknown):
+    out = tmp_path / "simulated.csv"
+    size = ["--image-size", "32", "32"]
+    result = call("latency", "table", project / "space.yaml", *size, *option, "--out", out)
+    assert result.exit_code == 0, result.stderr
+    said = result.stdout.splitlines()[1:]
+    if unknown is None:
+        assert said == []
+    else:
+        assert said == [
+            f"error unknown: no latency is published for {unknown}; a search takes this table with "
+            f"--allow-uncalibrated only"
+        ]
+
+
 def test_a_run_folder_keeps_its_config(tmp_path):
     result = call("search", tmp_path, "--allow-uncalibrated")
     assert result.exit_code == 2

@@ -11,6 +11,7 @@ package.
 
 import json
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,9 +25,9 @@ from rich.progress import Progress as Bars
 
 from oneshot_ednas import measure as measuring
 from oneshot_ednas.bundle.assemble import assemble_table
-from oneshot_ednas.bundle.build import build_bundle
+from oneshot_ednas.bundle.build import build_bundle, random_networks
 from oneshot_ednas.bundle.compile import compile_bundle
-from oneshot_ednas.bundle.manifest import Progress
+from oneshot_ednas.bundle.manifest import MIN_NETWORKS, Progress
 from oneshot_ednas.cli.common import DEFAULT_TASKS, bad_input, json_option, read_channels
 from oneshot_ednas.schema import to_plain
 from oneshot_ednas.space import named_space
@@ -82,10 +83,12 @@ def export_command(
     Example: build_latency_table.py export ednas_tiny --image-size 64 128
     --tasks segmentation=10,depth=1,normals=3 --out bundle
     """
+    searched = named_space(space)
+    _check_networks(networks, len(random_networks(searched, max(0, networks), seed)))
     torch.set_num_threads(1)  # the maps are small: threads cost more than they give
     with _bar("exporting") as progress:
         bundle = build_bundle(
-            named_space(space),
+            searched,
             image_size,
             read_channels(tasks),
             out,
@@ -112,6 +115,17 @@ def export_command(
         )
 
 
+def _check_networks(wanted: int, count: int) -> None:
+    """Tell before hours of measuring what `assemble` would tell after them."""
+    if wanted == 0:
+        warnings.warn("without whole networks no table can be assembled", stacklevel=2)
+    elif count < MIN_NETWORKS:
+        got = wanted if wanted < MIN_NETWORKS else f"{count} in the whole space"
+        raise ValueError(
+            f"--networks: a table needs times of at least {MIN_NETWORKS} whole ones, got {got}"
+        )
+
+
 @main.command("compile")
 @click.argument("bundle", type=_PATH)
 @json_option
@@ -126,10 +140,11 @@ def compile_command(bundle: Path, as_json: bool) -> None:
     if as_json:
         print(json.dumps(to_plain(summary)))
     else:
+        partly = summary.partly_mapped
         print(
             f"{bundle}: {summary.num_models - len(summary.failures)} of {summary.num_models} "
             f"models compiled by edgetpu_compiler {summary.compiler}; "
-            f"{len(summary.partly_mapped)} run in part on the host, "
+            f"{len(partly)} run in part on the host{f' (such as {partly[0]})' if partly else ''}, "
             f"{len(summary.streaming)} stream parameters"
         )
     if summary.failures:

@@ -4,8 +4,8 @@
     python tools/fit_edgetpu.py networks.json --variants
 
 The first prints the error of the fit and of leave-one-out per group, and writes constants, their
-ranges over refits to resampled networks, both errors and provenance. The second adds one further
-term at a time to the model and prints what that does to the leave-one-out error.
+ranges over refits to resampled networks, both errors and provenance. The second changes one thing
+at a time in the model and prints what that does to the leave-one-out error.
 """
 
 import argparse
@@ -30,9 +30,11 @@ from oneshot_ednas.latency.edgetpu import (
 from oneshot_ednas.latency.published import PublishedNetwork, predict_ms, read_networks, score
 from oneshot_ednas.store import write_json
 
+Bounds = Mapping[str, tuple[float, float, float]]
+
 # start, lowest, highest. The bounds of USB 3's fixed time and input are what was published for it;
 # the others only keep refits to few networks sane. NOTES tells of the one that the fit ends on.
-BOUNDS: Mapping[str, tuple[float, float, float]] = {
+BOUNDS: Bounds = {
     "conv_ns_per_unit": (1.0, 0.9, 1.2),
     "depthwise_ns_per_unit": (8.0, 4.0, 16.0),
     "bytes_per_ns": (16.0, 8.0, 64.0),
@@ -154,7 +156,7 @@ def fit(
     features: Features,
     votes: np.ndarray | None = None,
     start: Mapping[str, float] | None = None,
-    bounds: Mapping[str, tuple[float, float, float]] = BOUNDS,
+    bounds: Bounds = BOUNDS,
 ) -> Parameters:
     """Parameters of least loss inside the bounds.
 
@@ -203,9 +205,7 @@ def fit(
     return dict(zip(names, np.exp(point).tolist(), strict=True))
 
 
-def leave_one_out(
-    features: Features, bounds: Mapping[str, tuple[float, float, float]] = BOUNDS
-) -> np.ndarray:
+def leave_one_out(features: Features, bounds: Bounds = BOUNDS) -> np.ndarray:
     """Latency of each network in ms under constants fitted to all the others."""
     start = fit(features, bounds=bounds)
     count = len(features.host)
@@ -240,8 +240,15 @@ def bootstrap_ranges(features: Features) -> dict[str, tuple[float, float]]:
     }
 
 
+_ELEMENTWISE = ("add", "mul", "concatenation")
+
+
 def _is(*ops: str) -> Callable[[Layer], float]:
     return lambda layer: float(layer.op in ops)
+
+
+def _moved_by(*ops: str) -> Callable[[Layer], float]:
+    return lambda layer: float(work(layer).moved_bytes * (layer.op in ops))
 
 
 def _spilled_bytes(layer: Layer) -> float:
@@ -259,26 +266,33 @@ def _wide_parameter_bytes(layer: Layer) -> float:
     return is_wide * EdgeTpu.parameter_bytes(layer)
 
 
-# What the model leaves out: start, lowest and highest weight in ns, and its multiple per layer.
-VARIANTS: Mapping[str, tuple[tuple[float, float, float], Callable[[Layer], float]]] = {
-    "spill: per byte of input + output beyond 3 MiB": ((0.3, 1e-4, 20), _spilled_bytes),
-    "instructions: per op": ((1000, 10, 40000), lambda layer: 1.0),
-    "instructions: per byte of activations": ((0.01, 1e-6, 1), activation_bytes),
-    "parameters streamed again: per byte": ((0.1, 1e-5, 10), EdgeTpu.parameter_bytes),
-    "the same, 64 or more channels at 64x64 or more": ((0.1, 1e-5, 10), _wide_parameter_bytes),
-    "overhead of convolutions": ((1000, 10, 40000), _is("conv", "tconv", "fc")),
-    "overhead of add, mul, concatenation": ((1000, 10, 40000), _is("add", "mul", "concatenation")),
-    "overhead of depthwise apart from pooling": ((1000, 10, 40000), _is("dw")),
-    "bandwidth of elementwise ops apart": (
-        (0.01, 1e-6, 1),
-        lambda layer: work(layer).moved_bytes * (layer.op in ("add", "mul", "concatenation")),
+# What the model leaves out: bounds that are added to its own, and what a parameter `extra`, in ns,
+# counts per layer.
+VARIANTS: Mapping[str, tuple[Bounds, Callable[[Layer], float] | None]] = {
+    "spill: per byte of input + output beyond 3 MiB": ({"extra": (0.3, 1e-4, 20)}, _spilled_bytes),
+    "instructions: per op": ({"extra": (1000, 10, 40000)}, lambda layer: 1.0),
+    "instructions: per byte of activations": ({"extra": (0.01, 1e-6, 1)}, activation_bytes),
+    "parameters streamed again: per byte": ({"extra": (0.1, 1e-5, 10)}, EdgeTpu.parameter_bytes),
+    "the same, 64 or more channels at 64x64 or more": (
+        {"extra": (0.1, 1e-5, 10)},
+        _wide_parameter_bytes,
     ),
-    "output channels padded to 64": ((0.1, 1e-4, 1.2), _padding_units),
+    "overhead of convolutions": ({"extra": (1000, 10, 40000)}, _is("conv", "tconv", "fc")),
+    "overhead of add, mul, concatenation": ({"extra": (1000, 10, 40000)}, _is(*_ELEMENTWISE)),
+    "overhead of depthwise apart from pooling": ({"extra": (1000, 10, 40000)}, _is("dw")),
+    "bandwidth of elementwise ops apart": ({"extra": (0.01, 1e-6, 1)}, _moved_by(*_ELEMENTWISE)),
+    "bandwidth of fully connected ops apart": ({"extra": (0.01, 1e-6, 1)}, _moved_by("fc")),
+    "output channels padded to 64": ({"extra": (0.1, 1e-4, 1.2)}, _padding_units),
+    "fixed time of the Dev Board apart, ms": ({"pcie-devboard.fixed_ms": (0.5, 0.1, 0.8)}, None),
+    "one overhead of all computing ops instead": (
+        {"window_overhead_ns": (1e-3, 1e-3, 1e-3), "extra": (8000, 10, 40000)},
+        _is("conv", "tconv", "fc", *WINDOW_OPS),
+    ),
 }
 
 
 def compare_variants(networks: Sequence[PublishedNetwork]) -> None:
-    """Print the leave-one-out error with one further term at a time.
+    """Print the leave-one-out error with one change at a time; `*` marks a value on its bound.
 
     The difference to the model is paired: 5 to 95 percent points of its mean over networks drawn
     with replacement, in points of MAPE.
@@ -296,16 +310,19 @@ def compare_variants(networks: Sequence[PublishedNetwork]) -> None:
         return f"{values.mean():+.2f} ({low:+.2f} to {high:+.2f})"
 
     model = errors(leave_one_out(Features(networks)))
-    print("| variant | weight, ns | all | difference | coral | difference |")
+    print("| left out: MAPE | value, ns | all | difference | coral | difference |")
     print("| --- | --- | --- | --- | --- | --- |")
     print(f"| the model | | {model.mean():.2f} | | {model[is_coral].mean():.2f} | |")
-    for name, (extra, term) in VARIANTS.items():
-        bounds = {**BOUNDS, "extra": extra}
-        features = Features(networks, term)
-        weight = fit(features, bounds=bounds)["extra"]
+    for name, (added, term) in VARIANTS.items():
+        bounds, features = {**BOUNDS, **added}, Features(networks, term)
+        constant = list(added)[-1]
+        _, low, high = bounds[constant]
+        value = fit(features, bounds=bounds)[constant]
+        on_bound = "" if 1.001 * low < value < high / 1.001 else "*"
         variant = errors(leave_one_out(features, bounds))
         print(
-            f"| {name} | {weight:.3g} | {variant.mean():.2f} | {difference(variant - model)} "
+            f"| {name} | {value:.3g}{on_bound} | {variant.mean():.2f} "
+            f"| {difference(variant - model)} "
             f"| {variant[is_coral].mean():.2f} | {difference((variant - model)[is_coral])} |"
         )
 

@@ -22,6 +22,9 @@ import numpy as np
 import numpy.typing as npt
 
 from oneshot_ednas.bundle.manifest import (
+    COMPILED,
+    MANIFEST,
+    MIN_NETWORKS,
     Bundle,
     CompiledModel,
     OperationModels,
@@ -32,13 +35,9 @@ from oneshot_ednas.bundle.manifest import (
 from oneshot_ednas.bundle.measurements import Measurements, ModelTime, read_measurements
 from oneshot_ednas.bundle.robust import Array, fit_nonnegative, jackknife
 from oneshot_ednas.correlation import kendall_tau, spearman
-from oneshot_ednas.latency.edgetpu import EdgeTpu
 from oneshot_ednas.latency.operations import Operation, network_io_bytes, network_operations
-from oneshot_ednas.latency.simulate import operation_layers
 from oneshot_ednas.latency.table import UNIT, LatencyTable, TableHeader, TableRow
 
-MIN_NETWORKS = 16
-"""Whole networks without which neither the terms nor the error would mean anything."""
 RESOLUTION_MS = 1e-6
 """The clock's: times are written in whole nanoseconds."""
 
@@ -86,6 +85,8 @@ class Report:
     """Operations without a row."""
     failures: dict[str, str]
     """Models that did not run, and why."""
+    partly_mapped: tuple[str, ...]
+    """Measured models of which some operators ran on the host: their times are not the device's."""
     networks: tuple[ScoredNetwork, ...]
 
     def text(self) -> str:
@@ -104,7 +105,8 @@ class Report:
                 for name, term in self.terms.items()
             ),
             f"{self.num_rows} rows; {len(self.clamped)} not above their noise, "
-            f"{len(self.missing)} operations without a row, {len(self.failures)} models failed",
+            f"{len(self.missing)} operations without a row, {len(self.failures)} models failed, "
+            f"{len(self.partly_mapped)} ran in part on the host",
             "median spread: "
             + ", ".join(f"{kind} {value:.1f} %" for kind, value in self.spread_percent.items()),
         ]
@@ -144,23 +146,53 @@ def assemble_table(
     unknown = sorted(measured.times.keys() - set(bundle.models))
     if unknown:
         raise ValueError(f"measured {unknown[0]}, which {folder} does not list")
-    # The CPU ran the models as exported.
-    compiled = read_compiled(folder) if measured.session.delegate else {}
-    for model in measured.times if compiled else ():
-        if model not in compiled:
-            raise ValueError(
-                f"{model} was measured, but compiled.jsonl in {folder} does not say what it "
-                f"streams; bring the file of the bundle that was measured"
-            )
-    costs, missing = _operation_costs(bundle, measured, compiled)
-    _check_missing(missing, measured, allow_missing=allow_missing)
+    compiled = _compiled_models(folder, measured)
+    partly_mapped = tuple(m for m in bundle.models if m in compiled and compiled[m].unmapped)
+    if partly_mapped:
+        warnings.warn(
+            f"{len(partly_mapped)} of {len(compiled)} models ran in part on the host, such as "
+            f"{', '.join(partly_mapped[:3])}: these times are not the device's alone",
+            stacklevel=2,
+        )
+    costs, missing = _operation_costs(bundle, measured, compiled, allow_missing=allow_missing)
     networks = _networks(bundle, folder, measured, compiled, costs)
     terms = _fit_transfers(list(costs.values()))
     order = np.random.default_rng(seed).permutation(len(networks))
     for index in order[1::2]:
         networks[index].is_held_out = True
     terms |= _fit_networks([network for network in networks if not network.is_held_out], terms)
-    return _assembled(bundle, measured, costs, missing, networks, terms)
+    return _assembled(bundle, measured, costs, missing, partly_mapped, networks, terms)
+
+
+def _compiled_models(folder: Path, measured: Measurements) -> dict[str, CompiledModel]:
+    """What the compiler said of the measured models; nothing where they ran as exported.
+
+    Raises:
+        FileNotFoundError: if they were compiled and the bundle does not say how.
+        ValueError: if it says it of other models or another compiler's.
+    """
+    session = measured.session
+    if session.compiler is None and "edgetpu" not in (session.delegate or ""):
+        return {}
+    compiled = read_compiled(folder)
+    if not compiled:
+        raise FileNotFoundError(
+            f"{folder} holds no {COMPILED}, and compiled models were measured; bring it back "
+            f"beside {MANIFEST} from where the bundle was compiled"
+        )
+    versions = ", ".join(sorted({entry.compiler for entry in compiled.values()}))
+    if versions != session.compiler:
+        raise ValueError(
+            f"{folder / COMPILED} is of edgetpu_compiler {versions}, the measured models are of "
+            f"{session.compiler}; bring the file of the bundle that was measured"
+        )
+    for model in measured.times:
+        if model not in compiled:
+            raise ValueError(
+                f"{model} was measured, but {COMPILED} in {folder} does not say what it "
+                f"streams; bring the file of the bundle that was measured"
+            )
+    return {model: compiled[model] for model in measured.times}
 
 
 # Operations ---------------------------------------------------------------------------------
@@ -177,7 +209,8 @@ class _Slope:
     error_ms: float
     spread_ms: float
     streamed_bytes: float
-    parameter_bytes: float
+    parameter_bytes: float | None
+    """As the compiler reports them; None where there was none."""
     base_ms: float
     base_error_ms: float
     is_streamed: bool
@@ -228,9 +261,17 @@ class _Cost:
 
 
 def _operation_costs(
-    bundle: Bundle, measured: Measurements, compiled: Mapping[str, CompiledModel]
+    bundle: Bundle,
+    measured: Measurements,
+    compiled: Mapping[str, CompiledModel],
+    *,
+    allow_missing: bool,
 ) -> tuple[dict[Operation, _Cost], list[Operation]]:
-    """What the operations cost, and those that the space has and no time is known of."""
+    """What the operations cost, and those of the space that no cost is known of.
+
+    Raises:
+        ValueError: if there are such and they are not allowed.
+    """
     times = _operation_times(bundle, measured)
     slopes = {}
     for entry in bundle.operations:
@@ -240,12 +281,14 @@ def _operation_costs(
             copies = [file.copies for file in files]
             slopes[entry.operation] = _slope(copies, [times[f.model] for f in files], reports)
     costs, missing = {}, []
-    parameter_bytes = _parameter_bytes(measured)
     for entry in bundle.operations:
         if all(operation in slopes for operation in (entry.operation, *entry.adds)):
-            costs[entry.operation] = _cost(entry, slopes, None if compiled else parameter_bytes)
+            costs[entry.operation] = _cost(entry, slopes)
         elif entry.is_row:
             missing.append(entry.operation)
+    if missing:
+        untimed = [e.operation for e in bundle.operations if e.operation not in slopes]
+        _tell_missing(untimed, missing, measured, allow_missing=allow_missing)
     return costs, missing
 
 
@@ -280,21 +323,18 @@ def _slope(
         error_ms=float(np.linalg.norm(per_copy * error_ms)),
         spread_ms=float(np.linalg.norm(per_copy * spread_ms)),
         streamed_bytes=float(per_copy @ off_chip) if reports else 0.0,
-        parameter_bytes=float(per_copy @ (on_chip + off_chip)) if reports else 0.0,
+        parameter_bytes=float(per_copy @ (on_chip + off_chip)) if reports else None,
         base_ms=float(at_none @ ms),
         base_error_ms=float(np.linalg.norm(at_none * error_ms)),
         is_streamed=bool(off_chip.any()),
     )
 
 
-def _cost(
-    entry: OperationModels,
-    slopes: Mapping[Operation, _Slope],
-    parameter_bytes: Callable[[OperationModels], int] | None,
-) -> _Cost:
+def _cost(entry: OperationModels, slopes: Mapping[Operation, _Slope]) -> _Cost:
     slope, adds = slopes[entry.operation], [slopes[add] for add in entry.adds]
     adds_ms = sum(add.ms for add in adds)
     ms = slope.ms - adds_ms
+    reported = slope.parameter_bytes
     floor_ms = max(RESOLUTION_MS, math.hypot(slope.error_ms, *(add.error_ms for add in adds)))
     return _Cost(
         operation=entry.operation,
@@ -303,7 +343,7 @@ def _cost(
         is_clamped=ms < floor_ms,
         spread_ms=slope.spread_ms,
         streamed_bytes=slope.streamed_bytes,
-        parameter_bytes=float(parameter_bytes(entry)) if parameter_bytes else slope.parameter_bytes,
+        parameter_bytes=float(entry.weight_bytes) if reported is None else reported,
         # The first copy comes without additions.
         base_ms=slope.base_ms + adds_ms,
         base_error_ms=slope.base_error_ms,
@@ -312,20 +352,17 @@ def _cost(
     )
 
 
-def _parameter_bytes(measured: Measurements) -> Callable[[OperationModels], int]:
-    """Parameter bytes where no compiler tells them."""
-    if "edgetpu" not in (measured.session.delegate or ""):
-        return lambda entry: entry.weight_bytes
-    tpu = EdgeTpu.load()
-    return lambda entry: sum(map(tpu.parameter_bytes, operation_layers(entry.operation)))
-
-
-def _check_missing(
-    missing: Sequence[Operation], measured: Measurements, *, allow_missing: bool
+def _tell_missing(
+    untimed: Sequence[Operation],
+    missing: Sequence[Operation],
+    measured: Measurements,
+    *,
+    allow_missing: bool,
 ) -> None:
-    if not missing:
-        return
-    text = f"no times of {len(missing)} operations (such as {missing[0]})"
+    text = (
+        f"no times of {len(untimed)} operations (such as {untimed[0]}), which {len(missing)} rows "
+        f"need"
+    )
     if measured.failures:
         model, error = next(iter(measured.failures.items()))
         text += f"; {len(measured.failures)} models failed (such as {model}: {error})"
@@ -334,7 +371,7 @@ def _check_missing(
             f"{text}; start measure.py again, it goes on where it stopped, or go on without "
             f"these rows with --allow-missing"
         )
-    warnings.warn(f"{text}; a search that needs one of them will say so", stacklevel=3)
+    warnings.warn(f"{text}; a search that needs one of them will say so", stacklevel=4)
 
 
 def _fit_transfers(costs: Sequence[_Cost]) -> dict[str, Term]:
@@ -480,6 +517,7 @@ def _assembled(
     measured: Measurements,
     costs: Mapping[Operation, _Cost],
     missing: Sequence[Operation],
+    partly_mapped: tuple[str, ...],
     networks: Sequence[_Network],
     terms: Mapping[str, Term],
 ) -> Assembled:
@@ -489,10 +527,7 @@ def _assembled(
             rows[operation], is_clamped = cost.row(terms)
             clamped += [operation] if is_clamped else []
     streaming = terms["streaming_ms_per_byte"].value
-    # What the compiler keeps on the chip when it does not keep all; it evicts whole layers, so
-    # this differs between networks.
-    kept = [n.parameter_bytes - n.streamed_bytes for n in networks if n.streamed_bytes > 0]
-    cache_bytes = max(0.0, float(np.median(kept))) if kept and streaming > 0 else 0.0
+    cache_bytes = _cache_bytes([n for n in networks if not n.is_held_out]) if streaming else 0.0
     scored = []
     for network in networks:
         held = [rows[operation] for operation in network.operations]
@@ -511,7 +546,7 @@ def _assembled(
                 is_held_out=network.is_held_out,
             )
         )
-    report = _report(scored, rows, clamped, missing, measured, terms)
+    report = _report(scored, rows, clamped, missing, partly_mapped, measured, terms)
     session = measured.session
     header = TableHeader(
         device=session.device,
@@ -529,6 +564,9 @@ def _assembled(
         runs=int(np.median([time.runs for time in measured.times.values()])),
         rows=len(rows),
         row_scale=terms["row_scale"].value,
+        note=f"{len(partly_mapped)} of {len(measured.times)} models ran in part on the host"
+        if partly_mapped
+        else "",
         space=bundle.space,
         image_height=bundle.image_height,
         image_width=bundle.image_width,
@@ -543,9 +581,21 @@ def _assembled(
         held_out_kendall_tau=_rounded(report.held_out_kendall_tau),
         held_out_networks=report.held_out_networks,
         fit_networks=report.fit_networks,
-        held_out_note="random networks, measured in the same sittings as the rows",
+        held_out_note="random networks of the space",
     )
     return Assembled(LatencyTable(header, rows, f"measured {bundle.space}"), report)
+
+
+def _cache_bytes(networks: Sequence[_Network]) -> float:
+    """What the compiler keeps on the chip when it does not keep all.
+
+    It evicts whole layers, so this differs between networks. Where none streams, the cache holds
+    the largest.
+    """
+    kept = [n.parameter_bytes - n.streamed_bytes for n in networks if n.streamed_bytes > 0]
+    if not kept:
+        return max(network.parameter_bytes for network in networks)
+    return max(0.0, float(np.median(kept)))
 
 
 def _rounded(correlation: float | None) -> float | None:
@@ -557,6 +607,7 @@ def _report(
     rows: Mapping[Operation, TableRow],
     clamped: Sequence[Operation],
     missing: Sequence[Operation],
+    partly_mapped: tuple[str, ...],
     measured: Measurements,
     terms: Mapping[str, Term],
 ) -> Report:
@@ -581,5 +632,6 @@ def _report(
         clamped=tuple(clamped),
         missing=tuple(missing),
         failures=dict(measured.failures),
+        partly_mapped=partly_mapped,
         networks=tuple(networks),
     )

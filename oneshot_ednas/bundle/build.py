@@ -51,7 +51,8 @@ ai_edge_litert:
     python3 measure.py . --out measured.jsonl
 
 For a Coral Edge TPU the models must have been compiled first, on an x86-64 Debian or Ubuntu with
-edgetpu_compiler (tools/build_latency_table.py compile, before copying). Then:
+edgetpu_compiler (tools/build_latency_table.py compile, before copying). With the libedgetpu of
+Coral's Debian packages goes {coral}. Then:
 
     python3 measure.py . --out measured.jsonl --edgetpu --clock-mhz 500
 
@@ -220,6 +221,7 @@ class _Builder:
             operations=len(operations),
             operation_models=sum(len(entry.files) for entry in operations),
             networks=len(networks),
+            coral=measure.CORAL_PACKAGES,
         )
         (self.folder / "README.txt").write_text(readme, encoding="utf-8")
         bundle = Bundle(

@@ -14,10 +14,12 @@ from typing import Any, Literal, cast
 
 from oneshot_ednas.architecture import Architecture
 from oneshot_ednas.latency.operations import OPERATION_KINDS, Operation
-from oneshot_ednas.schema import load_yaml, to_plain
+from oneshot_ednas.schema import load_json, to_plain
 from oneshot_ednas.space import SearchSpace
 
 FORMAT = 1
+MIN_NETWORKS = 16
+"""Whole networks without which neither the terms of a table nor its error would mean anything."""
 MANIFEST, SPACE, COMPILED = "manifest.json", "space.yaml", "compiled.jsonl"
 
 Layout = Literal["chain", "sum", "ladder"]
@@ -141,7 +143,7 @@ def read_bundle(folder: Path) -> Bundle:
 
     Raises:
         FileNotFoundError: if the folder, its manifest or one of its files is missing.
-        ValueError: if the manifest is damaged or of another format; names line and key.
+        ValueError: if the manifest is damaged or of another format; names the key.
     """
     if not folder.is_dir():
         raise FileNotFoundError(
@@ -152,7 +154,7 @@ def read_bundle(folder: Path) -> Bundle:
             f"{folder} holds no {MANIFEST}, so it is no bundle, or not a whole one; make one with "
             f"tools/build_latency_table.py export"
         )
-    bundle = load_yaml(folder / MANIFEST, Bundle)  # JSON is YAML: as strict, and names the line
+    bundle = load_json(folder / MANIFEST, Bundle)
     for name in (SPACE, *bundle.models):
         if not (folder / name).is_file():
             raise FileNotFoundError(

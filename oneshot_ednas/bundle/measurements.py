@@ -11,12 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-FORMAT = 1
-UNIT = "ms"
-# For normal noise: the deviation over the median absolute one, and the error of a median over
-# that of a mean.
-_MAD_TO_DEVIATION = 1.4826
-_MEDIAN_TO_MEAN = 1.2533
+from oneshot_ednas.bundle.robust import MAD_TO_DEVIATION
+from oneshot_ednas.measure import FORMAT, UNIT
+
+_MEDIAN_TO_MEAN = 1.2533  # for normal noise: the error of a median over that of a mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,8 +220,8 @@ def _pooled(rounds: Mapping[str, Sequence[_Round]]) -> dict[str, ModelTime]:
         ms, runs = float(np.median(medians)), sum(one.runs for one in each)
         spread_ms = float(np.median([one.spread_ms for one in each]))
         # What varies from run to run, and from round to round; the larger of the two counts.
-        between = _MAD_TO_DEVIATION * float(np.median(np.abs(medians - ms))) / math.sqrt(len(each))
-        within = _MAD_TO_DEVIATION * spread_ms / math.sqrt(runs)
+        between = MAD_TO_DEVIATION * float(np.median(np.abs(medians - ms))) / math.sqrt(len(each))
+        within = MAD_TO_DEVIATION * spread_ms / math.sqrt(runs)
         times[model] = ModelTime(
             ms=ms, spread_ms=spread_ms, error_ms=_MEDIAN_TO_MEAN * max(between, within), runs=runs
         )

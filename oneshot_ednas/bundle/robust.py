@@ -9,7 +9,8 @@ import numpy.typing as npt
 Array = npt.NDArray[np.float64]
 
 _HUBER = 1.345  # 95 % as efficient as least squares where the noise is normal
-_MAD_TO_DEVIATION = 1.4826
+MAD_TO_DEVIATION = 1.4826
+"""For normal noise: the deviation over the median absolute one."""
 _STEPS = 100
 
 
@@ -36,7 +37,7 @@ def fit_nonnegative(columns: Array, target: Array, deviation: Array) -> Array:
         before = coefficients
         coefficients = _least_squares(columns * scale[:, None], target * scale)
         residual = np.abs(target - columns @ coefficients) / deviation
-        usual = _MAD_TO_DEVIATION * float(np.median(residual))
+        usual = MAD_TO_DEVIATION * float(np.median(residual))
         if usual <= exact or np.allclose(coefficients, before, rtol=1e-9, atol=0):
             break
         weights = np.minimum(1, _HUBER * usual / np.maximum(residual, 1e-300))

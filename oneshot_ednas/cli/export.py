@@ -34,7 +34,8 @@ SUFFIX = ".tflite"
     type=click.Choice(["validation", "test"]),
     default="validation",
     show_default=True,
-    help="Frames to score the float network and the file on.",
+    help="Frames to score the float network and the file on; the network was retrained on those "
+    "of validation, too.",
 )
 @click.option(
     "--num-calibration",
@@ -65,7 +66,7 @@ def export(
     Example: oneshot-ednas export runs/demo --out model.tflite
     """
     folder, stage = _training(run_or_checkpoint, seed, baseline)
-    report_path = _report_path(out)
+    report_path = _report_path(out, folder)
     run = reopen(folder, data)
     report = run.deploy(
         stage,
@@ -118,14 +119,20 @@ def _training(path: Path, seed: int | None, baseline: str | None) -> tuple[Path,
     return folder, path.stem
 
 
-def _report_path(out: Path) -> Path:
+def _report_path(out: Path, folder: Path) -> Path:
     """Where the report goes.
 
     Raises:
-        ValueError: if the file has another suffix, or the report would overwrite something else.
+        ValueError: if the file has another suffix or is the run's own, or the report would
+            overwrite something else.
     """
     if out.suffix != SUFFIX or out.is_dir():
         raise ValueError(f"--out: expected a file named *{SUFFIX}, got {out}")
+    if out.resolve() == RunFiles(folder).model.resolve():
+        raise ValueError(
+            f"--out: {out} is the run's own export, which oneshot-ednas evaluate {folder} writes; "
+            f"choose another file"
+        )
     path = out.with_suffix(".json")
     if path.exists():
         held = read_json(path)
@@ -155,6 +162,8 @@ def _print_export(report: Mapping[str, Any]) -> None:
         print(f"on the Edge TPU, {line}")
     for split, tasks in (report["metrics"] or {}).items():
         _print_metrics(split, tasks)
+    if report["metrics"] and report["note"]:
+        print(f"note: {report['note']}")
     print(f"latency: {latency_text(report)}")
     print(f"Edge TPU compiler: {compiler_text(report)}")
     if report["not_verified"]:

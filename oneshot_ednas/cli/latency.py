@@ -102,5 +102,8 @@ def latency_table(
     write_text(out, table.to_text())
     if as_json:
         print(json.dumps({"table": str(out), "operations": len(table.rows)}))
-    else:
-        print(f"{out}: {len(table.rows)} operations, simulated for {host} at {clock_mhz} MHz")
+        return
+    print(f"{out}: {len(table.rows)} operations, simulated for {host} at {clock_mhz} MHz")
+    if table.header.held_out_mape is None:
+        note = table.header.held_out_note
+        print(f"error {note}; a search takes this table with --allow-uncalibrated only")

@@ -21,7 +21,7 @@ from oneshot_ednas.cli.common import (
     set_option,
 )
 from oneshot_ednas.config import ExperimentConfig, load_config
-from oneshot_ednas.pipeline import Run, run_all
+from oneshot_ednas.pipeline import Run, finish, run_all
 from oneshot_ednas.run_folder import RunFiles
 from oneshot_ednas.schema import find_file, read_json
 
@@ -125,12 +125,10 @@ def _stage(name: str, help_text: str) -> None:
     @bad_input
     def command(run_folder: Path, data: Path | None, as_json: bool) -> None:
         one = reopen(run_folder, data)
-        getattr(one, name)()
         if name == "evaluate":
-            one.export()
-            one.report()
-            _print_results(_results(run_folder), run_folder, as_json=as_json)
+            _print_results(finish(one), run_folder, as_json=as_json)
         else:
+            getattr(one, name)()
             _print_stage(one, name, as_json=as_json)
 
 
@@ -210,10 +208,6 @@ def _shown(value: Any) -> str:
     return f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
-def _results(folder: Path) -> Any:
-    return read_json(folder / "results.json")
-
-
 def _print_results(results: Mapping[str, Any], folder: Path, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(results))
@@ -237,7 +231,8 @@ def _print_results(results: Mapping[str, Any], folder: Path, *, as_json: bool) -
             *(f"{row['metrics'][task][metric]:.3f}" for task, metric in shown),
         )
     console().print(table)
-    seconds = sum(results["seconds"].values())
+    # Those in the results end with the evaluation.
+    seconds = sum(read_json(RunFiles(folder).seconds).values())
     print(f"architecture: {results['architecture']}")
     print(f"{seconds:.0f} s in all; report: {folder / 'report.html'}")
 

@@ -5,12 +5,12 @@ module -> `graph` (float operations) -> `calibration` (ranges) -> `quantize` (in
 """
 
 import itertools
+import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from oneshot_ednas.export.calibration import calibrate
@@ -99,15 +99,11 @@ def export_tflite(
             "a supernet cannot be exported: derive an architecture, and export "
             "derived_network(supernet, architecture) or its retrained network"
         )
-    is_one = isinstance(calibration_images, Tensor)
-    batches = iter((calibration_images,) if is_one else calibration_images)
-    first = next(batches, torch.empty(0, 0, 0, 0))
-    if first.dim() != 4:
-        raise ValueError(
-            f"calibration_images: expected [images, channels, height, width], "
-            f"got {list(first.shape)}"
-        )
-    if not len(first):
+    if input_range is not None and not -math.inf < input_range[0] < input_range[1] < math.inf:
+        raise ValueError(f"input_range: expected a low and a higher end, got {input_range}")
+    batches = _batches(calibration_images)
+    first = next(batches, None)
+    if first is None:
         raise ValueError("calibration_images: expected at least one image, got none")
     channels, height, width = map(int, first.shape[1:])
     graph = trace(network, (1, channels, height, width))
@@ -120,7 +116,7 @@ def export_tflite(
         nonlocal num_images
         for batch in itertools.chain([first], batches):
             num_images += len(batch)
-            yield batch.detach().cpu()
+            yield batch
 
     ranges = calibrate(graph, counted())
     if num_images < MIN_CALIBRATION_IMAGES:
@@ -163,3 +159,15 @@ def _report(
         outputs=ends(contents.outputs),
         unmapped=unmapped,
     )
+
+
+def _batches(images: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
+    """Batches that hold something, on the CPU, where the graph is."""
+    for batch in (images,) if isinstance(images, Tensor) else images:
+        if batch.dim() != 4:
+            raise ValueError(
+                f"calibration_images: expected [images, channels, height, width], "
+                f"got {list(batch.shape)}"
+            )
+        if len(batch):
+            yield batch.detach().cpu()

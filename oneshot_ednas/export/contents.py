@@ -14,6 +14,8 @@ _OPERATORS = {
     value: name for name, value in vars(tflite.BuiltinOperator).items() if isinstance(value, int)
 }
 _TYPES = {value: name for name, value in vars(tflite.TensorType).items() if isinstance(value, int)}
+INTEGER_TYPES = ("int8", "uint8", "int32")
+"""Of tensors in a file that the Edge TPU takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +60,7 @@ class Contents:
     @property
     def is_integer(self) -> bool:
         """Whether no tensor is of a floating type."""
-        return all(tensor.dtype in ("int8", "uint8", "int32") for tensor in self.tensors)
+        return all(tensor.dtype in INTEGER_TYPES for tensor in self.tensors)
 
 
 def read_contents(source: bytes | Path | str) -> Contents:

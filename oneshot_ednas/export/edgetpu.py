@@ -20,6 +20,20 @@ LARGEST_SURE_RESIZE = 128
 """Height or width to which a resize was always seen mapped."""
 SMALLEST_REFUSED_RESIZE = 512
 """Height or width to which resizes (256 to 512, 33 to 513) were seen left to the CPU."""
+MAX_VERSIONS = {
+    "ADD": 3,
+    "AVERAGE_POOL_2D": 3,
+    "CONV_2D": 5,
+    "DEPTHWISE_CONV_2D": 6,
+    "MAX_POOL_2D": 3,
+    "PAD": 3,
+    "QUANTIZE": 2,
+    "RELU": 2,
+    "RELU6": 2,
+    "RESIZE_BILINEAR": 4,
+    "RESIZE_NEAREST_NEIGHBOR": 4,
+}
+"""Newest version of each operator that `edgetpu_compiler` 16, of TensorFlow 2.5, accepts."""
 MAPPED = "Mapped to Edge TPU"
 _BYTES = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _NOISE = ("Edge TPU Compiler version", "Started a compilation", "Compilation child process")
@@ -139,8 +153,8 @@ def compile_model(path: Path, folder: Path, *, timeout_s: float = 300.0) -> Comp
 
     Raises:
         FileNotFoundError: if the compiler is not installed, or there is no such model.
-        RuntimeError: if the compiler fails, with its own last words; if it takes too long; or if it
-            says what is not understood.
+        RuntimeError: if the compiler cannot be run, or fails, with its own last words; if it takes
+            too long; or if it says what is not understood.
     """
     compiler = find_compiler()
     if compiler is None:
@@ -151,6 +165,8 @@ def compile_model(path: Path, folder: Path, *, timeout_s: float = 300.0) -> Comp
     if not path.is_file():
         raise FileNotFoundError(f"no model {path}")
     folder.mkdir(parents=True, exist_ok=True)
+    # Some failures exit with 0, and show only in that no file is written.
+    compiled_path(path, folder).unlink(missing_ok=True)
     command = [compiler, "-s", "-o", str(folder), str(path)]
     try:
         done = subprocess.run(
@@ -164,7 +180,10 @@ def compile_model(path: Path, folder: Path, *, timeout_s: float = 300.0) -> Comp
         )
     except subprocess.TimeoutExpired:
         raise RuntimeError(f"{COMPILER} took more than {timeout_s:g} s for {path}") from None
-    # Some failures exit with 0.
+    except OSError as error:
+        raise RuntimeError(
+            f"{compiler} cannot be run ({error.strerror}); it is for x86-64 Linux"
+        ) from None
     if done.returncode or not compiled_path(path, folder).is_file():
         raise RuntimeError(
             f"{COMPILER} failed on {path} (exit status {done.returncode}): "

@@ -194,14 +194,15 @@ def trace(module: nn.Module, *shapes: Shape) -> Graph:
     Raises:
         ValueError: for an operation that the exporter does not know, with the module it is in.
     """
-    was_training = module.training
+    modes = [(part, part.training) for part in module.modules()]
     module.eval()
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     examples = tuple(torch.zeros(shape, device=device) for shape in shapes)
     try:
         program = torch.export.export(module, examples, strict=False)
     finally:
-        module.train(was_training)
+        for part, mode in modes:  # not module.train(), which would wake frozen parts
+            part.training = mode
     return _Tracer(module, program).graph()
 
 
@@ -218,17 +219,19 @@ class _Tracer:
         self.constants: dict[str, Tensor] = {}
         self.constant_names: dict[str, str] = {}
         self.pending_pads: dict[str, tuple[str, Padding]] = {}
+        # The node whose result a tensor is, which moves on as batch norm and activation merge.
+        self.result_of: dict[str, Node] = {}
 
     def graph(self) -> Graph:
         """Walk the program."""
-        live = _live_nodes(self.program.graph)
+        self.live = _live_nodes(self.program.graph)
         outputs: dict[str, str] = {}
         for node in self.program.graph.nodes:
             if node.op == "placeholder":
                 self._placeholder(node)
             elif node.op == "output":
                 outputs = self._outputs(node)
-            elif node in live:
+            elif node in self.live:
                 self._call(node)
         return Graph(inputs=self.inputs, ops=tuple(self.ops.values()), outputs=outputs)
 
@@ -258,7 +261,7 @@ class _Tracer:
         names = list(spec.context) if spec.type is dict else []
         if len(names) != len(leaves):
             names = [f"output_{i}" for i in range(len(leaves))] if len(leaves) > 1 else ["output"]
-        found = {name: self.tensor_of[leaf.name] for name, leaf in zip(names, leaves, strict=True)}
+        found = {name: self._read(node, leaf) for name, leaf in zip(names, leaves, strict=True)}
         if len(set(found.values())) < len(found) or set(found.values()) & set(self.inputs):
             raise ValueError("an output is given twice, or is an input; nothing would compute it")
         return found
@@ -313,12 +316,10 @@ class _Tracer:
             ends = {"min_val": -1.0, "max_val": 1.0} | _arguments(node, "min_val", "max_val")
             if ends != {"min_val": 0.0, "max_val": 6.0}:
                 raise ValueError(f"{self._where(node)}: expected a clip to 0..6, got {ends}")
-        source = cast(Node, node.args[0])
-        name = self._read(node, source)
+        name = self._read(node, cast(Node, node.args[0]))
         op = self.ops.get(name)
-        if isinstance(op, (Conv, Add)) and op.activation is None and len(source.users) == 1:
-            self.ops[name] = replace(op, activation=activation)
-            self.tensor_of[node.name] = name
+        if isinstance(op, (Conv, Add)) and op.activation is None and self._is_only_reader(name):
+            self._merge(node, replace(op, activation=activation))
         else:
             self._emit(node, activation, Relu, inputs=(name,), activation=activation)
 
@@ -361,10 +362,9 @@ class _Tracer:
         return (columns, columns, rows, rows)
 
     def _batch_norm(self, node: Node) -> None:
-        source = cast(Node, node.args[0])
-        name = self._read(node, source)
+        name = self._read(node, cast(Node, node.args[0]))
         op = self.ops.get(name)
-        if not isinstance(op, Conv) or op.activation is not None or len(source.users) > 1:
+        if not isinstance(op, Conv) or op.activation or not self._is_only_reader(name):
             raise ValueError(
                 f"{self._where(node)}: batch normalisation can only be folded into a convolution "
                 f"right before it, whose output nothing else reads"
@@ -378,8 +378,7 @@ class _Tracer:
         shift = 0.0 if node.args[2] is None else self._constant(node, node.args[2]).double()
         weight = op.weight.double() * gain.view(-1, 1, 1, 1)
         bias = (op.bias.double() - mean) * gain + shift
-        self.ops[name] = replace(op, weight=weight.float(), bias=bias.float())
-        self.tensor_of[node.name] = name
+        self._merge(node, replace(op, weight=weight.float(), bias=bias.float()))
 
     def _pad(self, node: Node) -> None:
         """Remember zero padding for the convolution that follows."""
@@ -387,7 +386,7 @@ class _Tracer:
         padding = list(arguments["pad"])
         is_zero = arguments.get("mode", "constant") == "constant" and not arguments.get("value")
         users = {user.target for user in node.users}
-        if len(padding) != 4 or not is_zero or users - {_aten.conv2d.default}:
+        if len(padding) != 4 or min(padding) < 0 or not is_zero or users - {_aten.conv2d.default}:
             raise ValueError(
                 f"{self._where(node)}: expected zero padding of rows and columns that only "
                 f"convolutions read, got {node.args[1:]} read by {sorted(map(str, users))}"
@@ -398,7 +397,7 @@ class _Tracer:
     def _add(self, node: Node) -> None:
         terms = node.args[:2]
         shapes = [_shape(term) for term in terms if isinstance(term, Node)]
-        is_plain = len(shapes) == 2 and shapes[0] == shapes[1] and not node.kwargs.get("alpha")
+        is_plain = len(shapes) == 2 and shapes[0] == shapes[1] and node.kwargs.get("alpha", 1) == 1
         if not is_plain or any(cast(Node, term).name in self.constants for term in terms):
             raise ValueError(
                 f"{self._where(node)}: expected the sum of two maps of one shape, got {node.args}"
@@ -408,14 +407,17 @@ class _Tracer:
 
     def _pool(self, node: Node) -> None:
         is_max = node.target is _aten.max_pool2d.default
-        last = "dilation" if is_max else "ceil_mode"
-        arguments = _arguments(node, "kernel_size", "stride", "padding", last)
+        rest = ("dilation",) if is_max else ("ceil_mode", "count_include_pad", "divisor_override")
+        arguments = _arguments(node, "kernel_size", "stride", "padding", *rest)
         kernel_size = self._square(node, "kernel_size", arguments["kernel_size"])
         stride = self._square(node, "stride", arguments.get("stride") or kernel_size)
         padding = self._square(node, "padding", arguments.get("padding", 0))
         dilation = self._square(node, "dilation", arguments.get("dilation", 1))
-        if padding or dilation != 1:
-            raise ValueError(f"{self._where(node)}: expected pooling without padding and dilation")
+        if padding or dilation != 1 or arguments.get("divisor_override"):
+            raise ValueError(
+                f"{self._where(node)}: expected pooling without padding, dilation and divisor, "
+                f"got {node.args[1:]}"
+            )
         mode = "max" if is_max else "average"
         name = self._read(node, cast(Node, node.args[0]))
         self._emit(
@@ -424,12 +426,22 @@ class _Tracer:
         )  # fmt: skip
 
     def _resize(self, node: Node) -> None:
-        name = self._read(node, cast(Node, node.args[0]))
-        if node.target is _aten.upsample_nearest2d.vec:
-            self._emit(node, "resize", Resize, inputs=(name,), mode="nearest")
-            return
-        corners = bool(node.args[2])
-        self._emit(node, "resize", Resize, inputs=(name,), mode="bilinear", align_corners=corners)
+        is_nearest = node.target is _aten.upsample_nearest2d.vec
+        corners = () if is_nearest else ("align_corners",)
+        arguments = _arguments(node, "output_size", *corners, "scale_factors")
+        aligned = bool(arguments.get("align_corners"))
+        source = cast(Node, node.args[0])
+        scales = arguments.get("scale_factors") or ()
+        sizes = zip(_shape(source)[2:], scales, _shape(node)[2:], strict=False)
+        # torch steps by the factor itself, TFLite by the ratio of the sizes.
+        if not aligned and any(before * scale != after for before, scale, after in sizes):
+            raise ValueError(
+                f"{self._where(node)}: expected factors that give whole sizes, got {scales} of "
+                f"{_shape(source)[2:]}; resize to a size instead"
+            )
+        mode = "nearest" if is_nearest else "bilinear"
+        name = self._read(node, source)
+        self._emit(node, "resize", Resize, inputs=(name,), mode=mode, align_corners=aligned)
 
     # Parts ----------------------------------------------------------------------------------
 
@@ -440,8 +452,25 @@ class _Tracer:
             stack = list((node.meta.get("nn_module_stack") or {}).values())
             path = ".".join(part for part in (stack[-1][0] if stack else "", kind) if part)
         name = self._unique(self._readable(path))
-        self.ops[name] = make(name=name, shape=_shape(node), **fields)
-        self.tensor_of[node.name] = name
+        self._merge(node, make(name=name, shape=_shape(node), **fields))
+
+    def _merge(self, node: Node, op: Op) -> None:
+        """Let a node's result be what the operation writes."""
+        self.ops[op.name] = op
+        self.tensor_of[node.name] = op.name
+        self.result_of[op.name] = node
+
+    def _is_only_reader(self, name: str) -> bool:
+        """Whether one node alone reads a tensor, directly or through nodes that change nothing."""
+
+        def readers(node: Node) -> int:
+            return sum(
+                readers(user) if user.target in _IDENTITIES else 1
+                for user in node.users
+                if user in self.live or user.op == "output"
+            )
+
+        return name in self.result_of and readers(self.result_of[name]) == 1
 
     def _readable(self, path: str) -> str:
         """`backbone.blocks.3.x` as `backbone/block_4/x`: lists count from 1, as people do."""

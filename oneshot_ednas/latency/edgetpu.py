@@ -149,7 +149,7 @@ class EdgeTpuConstants:
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """5 and 95 percent points of the fitted constants, those of a host as `host.constant`."""
     leave_one_out: Mapping[str, Any] = field(default_factory=dict)
-    """Error on networks left out of the fit, as in `score`: `all` and `groups`."""
+    """Error on networks left out of the fit, as in `score`: `all`, `groups` and `hosts`."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -52,8 +52,8 @@ def score_networks(
     """Hold the simulator against published latencies.
 
     Returns:
-        `all` and `groups.<name>` (see `score`), one row per network under `networks`, and the
-        error on networks left out, from the fit, under `leave_one_out`.
+        `all`, `groups.<name>` and `hosts.<name>` (see `score`), one row per network under
+        `networks`, and the error on networks left out, from the fit, under `leave_one_out`.
 
     Raises:
         ValueError: if the networks cannot be read.
@@ -84,13 +84,14 @@ def predict_ms(network: PublishedNetwork, constants: EdgeTpuConstants) -> float:
 
 
 def score(networks: Sequence[PublishedNetwork], predicted_ms: Sequence[float]) -> dict[str, Any]:
-    """`all` and `groups.<name>`: n, mape, median_ape, max_ape (percent) and spearman.
+    """`all`, `groups.<name>` and `hosts.<name>`: n, mape, median_ape, max_ape and spearman.
+
+    Errors are in percent.
 
     `spearman` is None where ranks say nothing: fewer than two networks, or all equal.
     """
     measured = np.array([network.measured_ms for network in networks])
     predicted = np.asarray(predicted_ms, dtype=float)
-    names = np.array([network.group for network in networks])
 
     def errors(chosen: np.ndarray) -> dict[str, Any]:
         ape = 100 * np.abs(predicted[chosen] / measured[chosen] - 1)
@@ -102,8 +103,14 @@ def score(networks: Sequence[PublishedNetwork], predicted_ms: Sequence[float]) -
             "spearman": spearman(predicted[chosen], measured[chosen]),
         }
 
-    groups = {name: errors(names == name) for name in dict.fromkeys(names.tolist())}
-    return {"all": errors(np.ones(len(names), dtype=bool)), "groups": groups}
+    def by(names: list[str]) -> dict[str, Any]:
+        return {name: errors(np.array(names) == name) for name in dict.fromkeys(names)}
+
+    return {
+        "all": errors(np.ones(len(networks), dtype=bool)),
+        "groups": by([network.group for network in networks]),
+        "hosts": by([network.host for network in networks]),
+    }
 
 
 def _network(values: object, where: str) -> PublishedNetwork:
