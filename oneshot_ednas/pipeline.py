@@ -76,6 +76,8 @@ class Run(Experiment):
             f"{self.config.search.steps} steps on {self.device}, target {self.target_ms:g} ms "
             f"of {self.costs.min_latency_ms:.4g}..{self.costs.max_latency_ms:.4g} ms"
         )
+        if self.target_ms >= self.costs.max_latency_ms:
+            note("search: warning: every architecture is inside this target; it asks for nothing")
         with self.timed("search"):
             search.run(self.files.folder, self.files.checkpoint("search"), self._validate)
         for alarm in search.alarms():

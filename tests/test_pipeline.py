@@ -404,6 +404,13 @@ def test_a_table_and_space_in_the_form_of_an_older_version_are_the_same(
         new_run(project, out, resume=True)
 
 
+def test_a_target_that_asks_for_nothing_is_told(project, tmp_path, capsys):
+    for target, is_told in (("1000", True), (None, False)):
+        changed = [f"latency.target_ms={target}"] if target else []
+        new_run(project, tmp_path / str(target), overrides=["search.steps=1", *changed]).search()
+        assert ("every architecture is inside this target" in capsys.readouterr().err) is is_told
+
+
 def test_a_reopened_run_needs_neither_the_space_nor_the_table_it_began_with(
     finished_run, tmp_path, monkeypatch
 ):

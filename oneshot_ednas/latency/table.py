@@ -176,8 +176,9 @@ class LatencyTable:
         except KeyError:
             tool = self._tool("SPACE", *self.image_size, tasks=" --tasks NAME=CHANNELS,...")
             raise ValueError(
-                f"no row in {self.name} for {operation}; build a table for your space and tasks "
-                f"with {tool}"
+                f"no row in {self.name} for {operation}; it is for the space {self.header.space} "
+                f"with {dict(self.header.out_channels)}: use that, or build a table for your space "
+                f"and tasks with {tool}"
             ) from None
 
     def check_image_size(self, height: int, width: int) -> None:
