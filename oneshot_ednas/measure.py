@@ -285,6 +285,7 @@ class InterpreterProcess:
         if path is None:
             raise Failure("not compiled for the delegate, see compiled.jsonl")
         if self._process.poll() is not None:
+            self.close()  # it may have died by itself, between two models
             self._restart()
         reply = self._reply({"path": str(path), **timing}, timing["max_seconds"])
         if "error" in reply:

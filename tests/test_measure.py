@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -307,9 +308,18 @@ TIMING = {"runs": 3, "warmup": 1, "min_seconds": 0.0, "max_seconds": 0.0}
 
 
 def test_a_crash_is_named_and_the_next_model_runs(bundle, process):
-    os.kill(process._process.pid, signal.SIGSEGV)
+    crash = threading.Timer(0.5, os.kill, (process._process.pid, signal.SIGSEGV))
+    crash.start()
+    endless = {**TIMING, "runs": 10**9, "max_seconds": 60.0}
     with pytest.raises(measure.Failure, match="ended with signal SIGSEGV"):
-        process.measure(bundle / NAMES[0], TIMING)
+        process.measure(bundle / NAMES[0], endless)
+    crash.join()
+    assert process.measure(bundle / NAMES[0], TIMING)["runs"] == 1
+
+
+def test_a_process_that_died_between_two_models_is_replaced(bundle, process):
+    process._process.kill()
+    process._process.wait()
     assert process.measure(bundle / NAMES[0], TIMING)["runs"] == 1
 
 
