@@ -12,10 +12,9 @@ from math import prod
 from pathlib import Path
 
 from oneshot_ednas.export.graph import Conv, Graph, Op, Resize
+from oneshot_ednas.latency.edgetpu import ON_CHIP_BYTES
 
 COMPILER = "edgetpu_compiler"
-ACTIVATION_BYTES = 3 * 2**20
-"""Activation memory of all tiles together."""
 LARGEST_SURE_RESIZE = 128
 """Height or width to which a resize was always seen mapped."""
 SMALLEST_REFUSED_RESIZE = 512
@@ -86,10 +85,10 @@ def _doubts(op: Op, num_bytes: int) -> list[str]:
     doubts = []
     if isinstance(op, Resize) and max(op.shape[2:]) > LARGEST_SURE_RESIZE:
         doubts.append(f"a resize to {op.shape[2]}x{op.shape[3]}")
-    if num_bytes > ACTIVATION_BYTES:
+    if num_bytes > ON_CHIP_BYTES:
         doubts.append(
             f"its input and output take {num_bytes / 2**20:.1f} MiB of the "
-            f"{ACTIVATION_BYTES / 2**20:g} MiB activation memory; it may take twice its time, or "
+            f"{ON_CHIP_BYTES / 2**20:g} MiB activation memory; it may take twice its time, or "
             f"the compiler give up"
         )
     return doubts
