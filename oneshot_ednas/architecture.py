@@ -1,12 +1,14 @@
 """An architecture: what one network of a search space looks like, as plain values and JSON."""
 
 import json
+import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from oneshot_ednas.schema import nearest, read_json
 
 FORMAT = 1
+_SHORT_BLOCK = re.compile(r"([if])(\d+)e(\d+)c(\d+)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +91,31 @@ class Architecture:
             ValueError: if it is not an architecture; names the file and the place.
         """
         return cls.from_json(read_json(Path(path)), source=str(path))
+
+    @classmethod
+    def from_short(cls, text: str, *, space: str = "") -> "Architecture":
+        """Read the short form that `str` gives.
+
+        Raises:
+            ValueError: naming the word that is none.
+        """
+        blocks = []
+        for word in text.split():
+            match = _SHORT_BLOCK.fullmatch(word)
+            if match is None:
+                raise ValueError(f"expected blocks such as f5e6c36, got {word!r}")
+            op, kernel_size, expand_ratio, filters = match.groups()
+            blocks.append(
+                BlockArchitecture(
+                    op="fused_ibn" if op == "f" else "ibn",
+                    kernel_size=int(kernel_size),
+                    filters=int(filters),
+                    expand_ratio=int(expand_ratio),
+                )
+            )
+        if not blocks:
+            raise ValueError("expected blocks such as f5e6c36, got none")
+        return cls(tuple(blocks), space=space)
 
     def __str__(self) -> str:
         """Short form, one word per block: `f5e6c36` is a Fused-IBN, kernel 5, expansion 6."""

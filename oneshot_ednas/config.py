@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from oneshot_ednas.data.source import DataConfig
 from oneshot_ednas.ranking import DeriveConfig
@@ -33,6 +34,58 @@ class LatencyConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MultiTrialConfig:
+    """Multi-trial search; the defaults are those of EDNAS section 4.1."""
+
+    algorithm: Literal["evolution", "random"] = "evolution"
+    """`evolution`: regularized evolution; `random`: architectures drawn uniformly."""
+    num_trials: int = 2000
+    steps: int = 5000
+    """Steps of a trial: the proxy task. All else of its training is as in `retrain`."""
+    population_size: int = 50
+    """Evolution: the trials that can be parents, the most recent ones."""
+    tournament_size: int = 10
+    """Evolution: draws from the population, the best of which is the parent."""
+
+    def __post_init__(self) -> None:
+        """Counts are positive, and a tournament is drawn from the population."""
+        for name in ("num_trials", "steps", "population_size", "tournament_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.tournament_size > self.population_size:
+            raise ValueError(
+                f"tournament_size: expected at most population_size {self.population_size}, "
+                f"got {self.tournament_size}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyConfig:
+    """Stand-alone trainings of stratified architectures: a tabular benchmark, rank correlation.
+
+    Each is a trial of `multi_trial.steps` steps.
+    """
+
+    num_architectures: int = 128
+    num_repeated: int = 16
+    """How many of them are trained with `num_seeds` seeds, for the noise; the others with one."""
+    num_seeds: int = 3
+    num_scorings: int = 4
+    """Scorings per training, evenly spaced; the last is at its end."""
+
+    def __post_init__(self) -> None:
+        """Counts are positive, and there is something to repeat."""
+        for name in ("num_architectures", "num_seeds", "num_scorings"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if not 0 <= self.num_repeated <= self.num_architectures:
+            raise ValueError(
+                f"num_repeated: expected 0 to num_architectures {self.num_architectures}, "
+                f"got {self.num_repeated}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExperimentConfig:
     """Everything that a run depends on."""
 
@@ -50,6 +103,8 @@ class ExperimentConfig:
     baselines: tuple[str, ...] = ()
     """Trained like the derived network, for comparison: `base` is the space's base network,
     `random` an architecture drawn uniformly from those inside the target."""
+    multi_trial: MultiTrialConfig = MultiTrialConfig()
+    study: StudyConfig = StudyConfig()
 
     def __post_init__(self) -> None:
         """Check what no module can check alone."""

@@ -177,7 +177,7 @@ class Run(Experiment):
 
     def _train(self, architecture: Architecture, stage: str, number: int) -> Network:
         with self.timed(stage):
-            network, _ = retrain(
+            return retrain(
                 self.config.retrain,
                 self.space,
                 architecture,
@@ -190,7 +190,6 @@ class Run(Experiment):
                 seed=self.config.seed + number,
                 device=self.device,
             )
-        return network
 
     def evaluate(self) -> dict[str, Any]:
         """Score the trained networks on the test split and write `results.json`.

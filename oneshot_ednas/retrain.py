@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,6 +50,120 @@ class RetrainConfig:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
 
 
+class StandAloneTraining:
+    """One network, trained from scratch step by step: what retraining and every trial do."""
+
+    def __init__(
+        self,
+        config: RetrainConfig,
+        space: SearchSpace,
+        architecture: Architecture,
+        tasks: Mapping[str, Task],
+        split: PackedSplit,
+        *,
+        stage: str,
+        augmentation: AugmentConfig,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        """Build network and optimizer at step 0.
+
+        Args:
+            config: the training.
+            space: the search space of the architecture.
+            architecture: what to train.
+            tasks: the tasks.
+            split: the training set.
+            stage: name in messages, for example `retrain.seed_0`.
+            augmentation: of the batches.
+            seed: of weights, order and augmentation.
+            device: where to train.
+
+        Raises:
+            ValueError: if the architecture is not in the space.
+        """
+        self.config, self.architecture, self.tasks = config, architecture, dict(tasks)
+        self.split, self.stage, self.augmentation = split, stage, augmentation
+        self.seed, self.device = seed, device
+        channels = {name: task.out_channels for name, task in tasks.items()}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(torch_generator(seed, "network").initial_seed())
+            self.network = build_network(space.fix(architecture), channels).to(device)
+        self.optimizer = config.optimizer.build(self.network.parameters())
+        self.network.train()
+
+    def take_step(self, step: int) -> dict[str, float | Tensor]:
+        """One step; returns losses to log.
+
+        Raises:
+            RuntimeError: if a loss or the gradient is not finite.
+        """
+        config, where = self.config, f"{self.stage} step {step}"
+        config.optimizer.apply(self.optimizer, step, config.steps)
+        batch = training_batch(
+            self.split,
+            name="retrain",
+            step=step,
+            batch_size=config.batch_size,
+            seed=self.seed,
+            augmentation=self.augmentation,
+            device=self.device,
+        )
+        self.optimizer.zero_grad(set_to_none=True)
+        losses = task_losses(self.tasks, self.network(batch["image"]), batch)
+        check_finite(losses, where=where, run=lambda: self.architecture)
+        loss = weighted_sum(self.tasks, losses)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(
+            self.network.parameters(), config.optimizer.clip_grad_norm
+        )
+        check_gradient(norm, where=where, run=lambda: self.architecture)
+        self.optimizer.step()
+        values = {f"loss/{name}": value.detach() for name, value in losses.items()}
+        return {"loss/weights": loss.detach(), **values}
+
+    def recalibrate(self) -> None:
+        """Recompute the BN statistics; training goes on as if nothing had happened."""
+        images = calibration_images(
+            self.split,
+            num_batches=self.config.calibration_batches,
+            batch_size=self.config.batch_size,
+            seed=self.seed,
+            device=self.device,
+        )
+        recalibrate_bn(self.network, images)
+
+    def state_dict(self, step: int) -> dict[str, Any]:
+        """All state that later steps depend on."""
+        return {
+            "stage": "retrain",
+            "step": step,
+            "seed": self.seed,
+            "architecture": self.architecture.to_json()["blocks"],
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def resume(self, checkpoint: Path) -> int:
+        """Continue from a checkpoint file where there is one; returns the finished steps.
+
+        Raises:
+            ValueError: if it is damaged or of another training.
+        """
+        if not checkpoint.exists():
+            return 0
+        state = load_checkpoint(checkpoint)
+        held = (state.get("stage"), state.get("architecture"), state.get("seed"))
+        if held != ("retrain", self.architecture.to_json()["blocks"], self.seed):
+            raise ValueError(
+                f"{checkpoint}: holds another training, architecture or seed; "
+                f"delete it to train anew"
+            )
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        return int(state["step"])
+
+
 def retrain(
     config: RetrainConfig,
     space: SearchSpace,
@@ -62,7 +177,7 @@ def retrain(
     augmentation: AugmentConfig,
     seed: int,
     device: torch.device,
-) -> tuple[Network, float]:
+) -> Network:
     """Train an architecture's network from scratch, or go on from its checkpoint.
 
     Args:
@@ -79,74 +194,32 @@ def retrain(
         device: where to train.
 
     Returns:
-        The trained network with recalibrated BN statistics, and the seconds of this call.
+        The trained network with recalibrated BN statistics.
 
     Raises:
         Interrupted: after Ctrl-C, once the checkpoint is written.
         RuntimeError: if a loss is not finite.
         ValueError: if the checkpoint is damaged or of another training.
     """
-    channels = {name: task.out_channels for name, task in tasks.items()}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(torch_generator(seed, "network").initial_seed())
-        network = build_network(space.fix(architecture), channels).to(device)
-    optimizer = config.optimizer.build(network.parameters())
-    start = 0
-    if checkpoint.exists():
-        state = load_checkpoint(checkpoint)
-        held = (state.get("stage"), state.get("architecture"), state.get("seed"))
-        if held != ("retrain", architecture.to_json()["blocks"], seed):
-            raise ValueError(
-                f"{checkpoint}: holds another training, architecture or seed; "
-                f"delete it to train anew"
-            )
-        network.load_state_dict(state["network"])
-        optimizer.load_state_dict(state["optimizer"])
-        start = state["step"]
-
-    def take_step(step: int) -> dict[str, float | Tensor]:
-        config.optimizer.apply(optimizer, step, config.steps)
-        batch = training_batch(
-            split,
-            name="retrain",
-            step=step,
-            batch_size=config.batch_size,
-            seed=seed,
-            augmentation=augmentation,
-            device=device,
-        )
-        optimizer.zero_grad(set_to_none=True)
-        losses = task_losses(tasks, network(batch["image"]), batch)
-        check_finite(losses, where=f"{stage} step {step}", run=lambda: architecture)
-        loss = weighted_sum(tasks, losses)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(network.parameters(), config.optimizer.clip_grad_norm)
-        check_gradient(norm, where=f"{stage} step {step}", run=lambda: architecture)
-        optimizer.step()
-        values = {f"loss/{name}": value.detach() for name, value in losses.items()}
-        return {"loss/weights": loss.detach(), **values}
+    training = StandAloneTraining(
+        config,
+        space,
+        architecture,
+        tasks,
+        split,
+        stage=stage,
+        augmentation=augmentation,
+        seed=seed,
+        device=device,
+    )
+    start = training.resume(checkpoint)
+    if start == config.steps:
+        return training.network
 
     def save(done: int) -> None:
         if done == config.steps:
-            images = calibration_images(
-                split,
-                num_batches=config.calibration_batches,
-                batch_size=config.batch_size,
-                seed=seed,
-                device=device,
-            )
-            recalibrate_bn(network, images)
-        save_checkpoint(
-            checkpoint,
-            {
-                "stage": "retrain",
-                "step": done,
-                "seed": seed,
-                "architecture": architecture.to_json()["blocks"],
-                "network": network.state_dict(),
-                "optimizer": optimizer.state_dict(),
-            },
-        )
+            training.recalibrate()
+        save_checkpoint(checkpoint, training.state_dict(done))
 
     def describe(values: Mapping[str, float]) -> str:
         return "  ".join(
@@ -154,9 +227,6 @@ def retrain(
             + [f"{name} {values[f'loss/{name}']:.3f}" for name in tasks]
         )
 
-    network.train()
-    if start == config.steps:
-        return network, 0.0
     with StageLog(folder, stage, total=config.steps, start=start) as log:
-        run_steps(log, take_step, save, describe, config.loop)
-    return network, log.seconds
+        run_steps(log, training.take_step, save, describe, config.loop)
+    return training.network

@@ -25,10 +25,8 @@ from oneshot_ednas.search import check_target
 from oneshot_ednas.space import SearchSpace, named_space
 from oneshot_ednas.store import write_json, write_text
 from oneshot_ednas.tasks import Task, make_tasks
-from oneshot_ednas.training import (
-    choose_device,
-    numpy_generator,
-)
+from oneshot_ednas.training import choose_device, numpy_generator
+from oneshot_ednas.trial import StandAloneTrainer
 
 MAX_RANDOM_DRAWS = 20_000
 """Draws for a random architecture inside the target before giving up."""
@@ -233,6 +231,25 @@ class Experiment:
     def part(self, name: str) -> PackedSplit:
         """The `weights`, `alpha` or `validation` split."""
         return self.train.subset(self.indices[name])
+
+    def trainer(self, *, with_test: bool = False) -> StandAloneTrainer:
+        """What trains and scores a trial: on all training frames but those of the validation split.
+
+        Args:
+            with_test: score the test split too, for a study; no search may look at it.
+        """
+        indices = sorted([*self.indices["weights"], *self.indices["alpha"]])
+        return StandAloneTrainer(
+            config=replace(self.config.retrain, steps=self.config.multi_trial.steps),
+            space=self.space,
+            tasks=self.tasks,
+            training=self.train.subset(indices),
+            validation=self.part("validation"),
+            test=self.test if with_test else None,
+            augmentation=self.config.data.augment,
+            eval_batch_size=self.config.derive.batch_size,
+            device=self.device,
+        )
 
     def baseline(self, name: str) -> Architecture:
         """The architecture of a baseline.

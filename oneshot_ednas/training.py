@@ -380,6 +380,22 @@ def run_steps(
                 raise Interrupted(f"stopped after step {done} of {log.total} in {log.stage}")
 
 
+@contextlib.contextmanager
+def progress_bar(text: str, total: int, done: int = 0) -> Iterator[Callable[[], None]]:
+    """A bar on a terminal's stderr over jobs of some seconds or more; gives what moves it."""
+    console = Console(stderr=True)
+    with Progress(
+        TextColumn("[bold]{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    ) as progress:
+        bar = progress.add_task(text, total=total, completed=done)
+        yield lambda: progress.advance(bar)
+
+
 def note(text: str) -> None:
     """A line for the person at the terminal, on stderr."""
     print(text, file=sys.stderr, flush=True)

@@ -39,7 +39,7 @@ def train(tiny, folder, *, architecture=None, seed=0, split=None, augment=True, 
         augmentation=AugmentConfig(flip=augment, brightness=0.2 if augment else 0.0),
         seed=seed,
         device=CPU,
-    )[0]
+    )
 
 
 def same(one: Network, other: Network) -> bool:

@@ -3,6 +3,7 @@
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from typing import ParamSpec, TextIO
@@ -10,6 +11,7 @@ from typing import ParamSpec, TextIO
 import click
 from rich.console import Console
 
+from oneshot_ednas.config import ExperimentConfig
 from oneshot_ednas.training import Interrupted
 
 P = ParamSpec("P")
@@ -83,7 +85,17 @@ set_option = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one setting."
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+workers_option = click.option(
+    "--workers", default="1", show_default=True, metavar="N", help="Trainings at a time."
+)
 resume_option = click.option("--resume", is_flag=True, help="Go on with the run in the folder.")
+
+
+def with_data(config: ExperimentConfig, data: Path | None) -> ExperimentConfig:
+    """The config with the data folder of --data, absolute, so that later stages find it."""
+    if data is None:
+        return config
+    return replace(config, data=replace(config.data, root=str(data.resolve())))
 
 
 def console() -> Console:

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,9 @@ from oneshot_ednas.cli.common import (
     out_option,
     resume_option,
     set_option,
+    with_data,
 )
-from oneshot_ednas.config import ExperimentConfig, load_config
+from oneshot_ednas.config import load_config
 from oneshot_ednas.pipeline import Run, finish, run_all
 from oneshot_ednas.run_folder import RunFiles
 from oneshot_ednas.schema import find_file, read_json
@@ -145,7 +145,7 @@ def _start(
     config: str, out: Path, data: Path | None, overrides: tuple[str, ...], *, resume: bool
 ) -> Run:
     path = find_file(config)
-    one = Run(_with_data(load_config(path, overrides), data), out)
+    one = Run(with_data(load_config(path, overrides), data), out)
     one.open(resume=resume)
     return one
 
@@ -160,16 +160,9 @@ def reopen(folder: Path, data: Path | None) -> Run:
     path = RunFiles(folder).config
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is no run folder: it has no config.yaml")
-    one = Run(_with_data(load_config(path), data), folder, is_reopened=True)
+    one = Run(with_data(load_config(path), data), folder, is_reopened=True)
     one.open(resume=True)
     return one
-
-
-def _with_data(config: ExperimentConfig, data: Path | None) -> ExperimentConfig:
-    """The config with the data folder of --data, absolute, so that later stages find it."""
-    if data is None:
-        return config
-    return replace(config, data=replace(config.data, root=str(data.resolve())))
 
 
 def _print_stage(one: Run, name: str, *, as_json: bool) -> None:

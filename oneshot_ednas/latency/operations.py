@@ -41,6 +41,27 @@ class Operation:
     residual: bool = False
     """Whether a block adds its input to its output."""
 
+    @property
+    def macs(self) -> int:
+        """Multiply-adds of its convolutions for one image."""
+        inside = self.in_height * self.in_width
+        outside = self.out_height * self.out_width
+        taps = self.kernel_size**2
+        match self.op:
+            case "conv":
+                return self.in_channels * self.out_channels * taps * outside
+            case "separable_conv":
+                return self.in_channels * (taps + self.out_channels) * outside
+            case "ibn" | "fused_ibn":
+                hidden = self.expand_ratio * self.in_channels
+                project = hidden * self.out_channels * outside
+                if self.op == "fused_ibn":
+                    return self.in_channels * hidden * taps * outside + project
+                # At expansion 1 an IBN has no expanding convolution.
+                expand = self.in_channels * hidden * inside if self.expand_ratio > 1 else 0
+                return expand + hidden * taps * outside + project
+        return 0
+
     def __str__(self) -> str:
         """For example `fused_ibn k5 e6 112->168 at 16x16`."""
         block = f" e{self.expand_ratio}" if self.op in ("ibn", "fused_ibn") else ""
@@ -186,6 +207,45 @@ def network_operations(
         filters = architecture.blocks[number - 1].filters
         placed += lateral_operations(space, tap, filters, image_size)
     return placed + fixed[1:]
+
+
+def network_macs(
+    space: SearchSpace,
+    architecture: Architecture,
+    image_size: Size,
+    out_channels: Mapping[str, int],
+) -> int:
+    """Convolution multiply-adds of one network for one image, without building it.
+
+    Raises:
+        ValueError: if the architecture is not in the space.
+    """
+    placed = network_operations(space, architecture, image_size, out_channels)
+    return sum(one.operation.macs for one in placed)
+
+
+def relaxed_macs(space: SearchSpace, image_size: Size, out_channels: Mapping[str, int]) -> int:
+    """Convolution multiply-adds of a relaxed supernet for one image.
+
+    Each block runs every op once, at the largest kernel, expansion, in-width and out-width.
+    """
+    total = sum(p.operation.macs for p in fixed_operations(space, image_size, out_channels))
+    for index, (spec, size) in enumerate(
+        zip(space.blocks, block_sizes(space, image_size), strict=True)
+    ):
+        for op in spec.ops:
+            largest = BlockArchitecture(
+                op=op,
+                kernel_size=max(spec.kernel_sizes),
+                expand_ratio=max(spec.expand_ratios),
+                filters=max(spec.filters),
+            )
+            width = max(space.in_filters(index))
+            total += block_operation(spec, width, largest, size).macs
+    for tap, number in enumerate(space.fusion.tap_blocks):
+        widest = max(space.blocks[number - 1].filters)
+        total += sum(p.operation.macs for p in lateral_operations(space, tap, widest, image_size))
+    return total
 
 
 def distinct_operations(
