@@ -37,26 +37,29 @@ class LatencyConfig:
 class MultiTrialConfig:
     """Multi-trial search; the defaults are those of EDNAS section 4.1."""
 
-    algorithm: Literal["evolution", "random"] = "evolution"
-    """`evolution`: regularized evolution; `random`: architectures drawn uniformly."""
     num_trials: int = 2000
+    """Proposals, with those whose architecture had its trial before and costs nothing."""
     steps: int = 5000
     """Steps of a trial: the proxy task. All else of its training is as in `retrain`."""
     population_size: int = 50
     """Evolution: the trials that can be parents, the most recent ones."""
     tournament_size: int = 10
     """Evolution: draws from the population, the best of which is the parent."""
+    max_macs: float | None = None
+    """No trial begins once the trials' training took this many multiply-adds."""
 
     def __post_init__(self) -> None:
         """Counts are positive, and a tournament is drawn from the population."""
-        for name in ("num_trials", "steps", "population_size", "tournament_size"):
+        for name in ("num_trials", "steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if self.tournament_size > self.population_size:
+        if not 2 <= self.tournament_size <= self.population_size:
             raise ValueError(
-                f"tournament_size: expected at most population_size {self.population_size}, "
+                f"tournament_size: expected 2 to population_size {self.population_size}, "
                 f"got {self.tournament_size}"
             )
+        if self.max_macs is not None and not self.max_macs > 0:
+            raise ValueError(f"max_macs: expected a positive number, got {self.max_macs}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +92,9 @@ class StudyConfig:
 class ExperimentConfig:
     """Everything that a run depends on."""
 
+    method: Literal["one_shot", "evolution", "random"] = "one_shot"
+    """How the architecture is found: in one supernet, or by trials that regularized evolution
+    or uniform draws propose."""
     seed: int = 0
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:N` or `mps`."""

@@ -4,9 +4,10 @@ Each stage reads what the one before wrote, so a run can be cut anywhere and go 
 """
 
 import datetime
-import statistics
-from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 
 from oneshot_ednas.architecture import Architecture
+from oneshot_ednas.config import ExperimentConfig
 from oneshot_ednas.data.packed import PackedSplit
 from oneshot_ednas.deploy import deploy, file_digest
 from oneshot_ednas.derive import (
@@ -22,14 +24,14 @@ from oneshot_ednas.derive import (
     pareto_front,
     sample_within_budget,
 )
-from oneshot_ednas.describe import multiply_adds
 from oneshot_ednas.export.edgetpu import find_compiler
 from oneshot_ednas.export.quantize import IoType
-from oneshot_ednas.models.network import Network, build_network
+from oneshot_ednas.models.network import Network
+from oneshot_ednas.multi_trial.search import MultiTrialSearch, keep_pick, search_cost, summary
+from oneshot_ednas.multi_trial.trials import TrialStore, read_trials
 from oneshot_ednas.ranking import Candidate, rank_candidates
 from oneshot_ednas.report import RunPictures, write_report
 from oneshot_ednas.retrain import retrain
-from oneshot_ednas.reward import reward
 from oneshot_ednas.run_folder import Experiment, versions
 from oneshot_ednas.schema import read_json
 from oneshot_ednas.search import OneShotSearch, resume_search
@@ -37,17 +39,223 @@ from oneshot_ednas.store import load_checkpoint, write_json, write_text
 from oneshot_ednas.training import (
     Metrics,
     StageLog,
-    accuracy_of,
     evaluate,
     note,
     numpy_generator,
+    training_macs,
 )
+from oneshot_ednas.trial_job import run_trial
+from oneshot_ednas.workers import SerialExecutor, Workers
 
 NUM_PICTURES = 4
 
 
-class Run(Experiment):
-    """The stages on a run folder."""
+class Run(Experiment, ABC):
+    """What the runs of all methods share: an architecture is found, retrained and evaluated."""
+
+    @abstractmethod
+    def find(self) -> None:
+        """Find the architecture to retrain, where that is not done."""
+
+    @abstractmethod
+    def _search_figures(self) -> dict[str, Any]:
+        """What the results tell of the search."""
+
+    @abstractmethod
+    def _search_cost(self) -> tuple[float | None, float]:
+        """Multiply-adds, None where they are not known, and seconds of the search."""
+
+    def finish(self) -> dict[str, Any]:
+        """The stages after the trainings; returns the results."""
+        return self.evaluate()
+
+    def retrain(self) -> None:
+        """Train the derived architecture from scratch, once per seed, and the baselines."""
+        config = self.config.retrain
+        architecture = self._derived_architecture()
+        for number in range(config.num_seeds):
+            self._train(architecture, f"retrain.seed_{number}", number)
+        for name, baseline in self.baselines.items():
+            self._train(baseline, f"baseline.{name}", 0)
+
+    def _train(self, architecture: Architecture, stage: str, number: int) -> Network:
+        with self.timed(stage):
+            return retrain(
+                self.config.retrain,
+                self.space,
+                architecture,
+                self.tasks,
+                self.train,
+                stage=stage,
+                folder=self.files.folder,
+                checkpoint=self.files.checkpoint(stage),
+                augmentation=self.config.data.augment,
+                seed=self.config.seed + number,
+                device=self.device,
+            )
+
+    def evaluate(self) -> dict[str, Any]:
+        """Score the trained networks on the test split and write `results.json`.
+
+        Raises:
+            ValueError: if a network is not trained to its end.
+        """
+        architecture = self._derived_architecture()
+        seeds = range(self.config.retrain.num_seeds)
+        with self.timed("evaluate"):
+            scores = [
+                self._score(self._trained(architecture, f"retrain.seed_{number}", number))
+                for number in seeds
+            ]
+            baselines = {
+                name: self.figures(
+                    baseline, [self._score(self._trained(baseline, f"baseline.{name}", 0))]
+                )
+                for name, baseline in self.baselines.items()
+            }
+        results = {
+            "method": self.config.method,
+            "space": self.space.name,
+            "table": self.table.name,
+            "target_ms": self.target_ms,
+            **self.figures(architecture, scores),
+            **self._search_figures(),
+            "baselines": baselines,
+            "cost": self._cost(architecture),
+            "seconds": self.seconds,
+            "seed": self.config.seed,
+            "num_frames": {"train": len(self.train), "test": len(self.test)},
+            "date": datetime.date.today().isoformat(),
+            "versions": versions(self.device),
+        }
+        write_json(self.files.results, results)
+        with StageLog(self.files.folder, "test", total=1) as log:
+            figures = {"reward": results["reward"], "latency_ms": results["latency_ms"]}
+            for task, metrics in results["metrics"].items():
+                figures |= {f"{task}/{name}": value for name, value in metrics.items()}
+            log.scalars(0, figures)
+        return results
+
+    def _cost(self, architecture: Architecture) -> dict[str, float | None]:
+        """Training multiply-adds and seconds, without baselines and evaluation."""
+        config, seconds = self.config.retrain, self.seconds
+        frames = config.steps * config.batch_size * config.num_seeds
+        macs, search_seconds = self._search_cost()
+        return {
+            "search_macs": macs,
+            "search_seconds": search_seconds,
+            "retrain_macs": training_macs(self.macs(architecture), frames),
+            "retrain_seconds": sum(
+                seconds[f"retrain.seed_{number}"] for number in range(config.num_seeds)
+            ),
+        }
+
+    def deploy(
+        self,
+        stage: str,
+        path: Path,
+        report_path: Path,
+        *,
+        splits: Mapping[str, PackedSplit],
+        io: IoType = "int8",
+        num_calibration: int = 128,
+    ) -> dict[str, Any]:
+        """Export the network of a finished training, see `oneshot_ednas.deploy`.
+
+        Args:
+            stage: the training, for example `retrain.seed_0` or `baseline.base`.
+            path: the `.tflite` to write.
+            report_path: the report to write.
+            splits: by name, the frames to score the network and the file on.
+            io: type of input and output.
+            num_calibration: training frames that the ranges of activations come from.
+
+        Raises:
+            ValueError: if there is no such training, or it is not finished.
+        """
+        seeds = range(self.config.retrain.num_seeds)
+        trainings = {f"retrain.seed_{number}": number for number in seeds}
+        trainings |= {f"baseline.{name}": 0 for name in self.baselines}
+        if stage not in trainings:
+            raise ValueError(
+                f"{self.files.folder} trains no {stage}; it has {', '.join(trainings)}"
+            )
+        if stage.startswith("baseline."):
+            architecture = self.baselines[stage.removeprefix("baseline.")]
+        else:
+            architecture = self._derived_architecture()
+        return deploy(
+            self._trained(architecture, stage, trainings[stage]),
+            path,
+            report_path,
+            name=stage,
+            calibration=self.train,
+            splits=splits,
+            tasks=self.tasks,
+            table=self.table,
+            predicted_ms=self.costs.latency_ms(architecture),
+            io=io,
+            num_calibration=num_calibration,
+            batch_size=self.config.derive.batch_size,
+            seed=self.config.seed,
+            device=self.device,
+        )
+
+    # Parts ----------------------------------------------------------------------------------
+
+    def _derived_architecture(self) -> Architecture:
+        if not self.files.architecture.exists():
+            raise ValueError(
+                f"{self.files.folder} has no derived architecture yet; run "
+                f"oneshot-ednas derive {self.files.folder}"
+            )
+        architecture = Architecture.load(self.files.architecture)
+        self.space.check(architecture)
+        return architecture
+
+    def _trained(self, architecture: Architecture, stage: str, number: int) -> Network:
+        """The network of a finished training.
+
+        Raises:
+            ValueError: if it is not finished.
+        """
+        path = self.files.checkpoint(stage)
+        if not path.exists() or self._steps_done(path) < self.config.retrain.steps:
+            raise ValueError(
+                f"{stage} is not trained to its end; run oneshot-ednas retrain {self.files.folder}"
+            )
+        return self._train(architecture, stage, number)
+
+    def _steps_done(self, path: Path) -> int:
+        return int(load_checkpoint(path)["step"])
+
+    def _score(self, network: Network) -> Metrics:
+        return evaluate(
+            network,
+            self.test,
+            self.tasks,
+            batch_size=self.config.derive.batch_size,
+            device=self.device,
+        )
+
+
+class OneShotRun(Run):
+    """The architecture comes from one supernet."""
+
+    def find(self) -> None:
+        """Search, then derive."""
+        self.search()
+        if not self.files.architecture.exists():
+            self.derive()
+
+    def finish(self) -> dict[str, Any]:
+        """Evaluate, export and report; returns the results."""
+        results = self.evaluate()
+        try:
+            self.export()
+        finally:
+            self.report()  # also of a network that the device does not take
+        return results
 
     @cached_property
     def one_shot(self) -> OneShotSearch:
@@ -166,79 +374,6 @@ class Run(Experiment):
             f"{best.reward:.4f} with supernet weights, best of {len(ranked)}"
         )
 
-    def retrain(self) -> None:
-        """Train the derived architecture from scratch, once per seed, and the baselines."""
-        config = self.config.retrain
-        architecture = self._derived_architecture()
-        for number in range(config.num_seeds):
-            self._train(architecture, f"retrain.seed_{number}", number)
-        for name, baseline in self.baselines.items():
-            self._train(baseline, f"baseline.{name}", 0)
-
-    def _train(self, architecture: Architecture, stage: str, number: int) -> Network:
-        with self.timed(stage):
-            return retrain(
-                self.config.retrain,
-                self.space,
-                architecture,
-                self.tasks,
-                self.train,
-                stage=stage,
-                folder=self.files.folder,
-                checkpoint=self.files.checkpoint(stage),
-                augmentation=self.config.data.augment,
-                seed=self.config.seed + number,
-                device=self.device,
-            )
-
-    def evaluate(self) -> dict[str, Any]:
-        """Score the trained networks on the test split and write `results.json`.
-
-        Raises:
-            ValueError: if a network is not trained to its end.
-        """
-        architecture = self._derived_architecture()
-        seeds = range(self.config.retrain.num_seeds)
-        with self.timed("evaluate"):
-            scores = [
-                self._score(self._trained(architecture, f"retrain.seed_{number}", number))
-                for number in seeds
-            ]
-            baselines = {
-                name: self._figures(
-                    baseline, [self._score(self._trained(baseline, f"baseline.{name}", 0))]
-                )
-                for name, baseline in self.baselines.items()
-            }
-        candidates = read_json(self.files.candidates)
-        best = candidates["candidates"][0]
-        results = {
-            "space": self.space.name,
-            "table": self.table.name,
-            "target_ms": self.target_ms,
-            **self._figures(architecture, scores),
-            "supernet": {
-                "reward": best["reward"],
-                "metrics": best["metrics"],
-                "expected_latency_ms": candidates["expected_latency_ms"],
-                "argmax_latency_ms": candidates["argmax_latency_ms"],
-                "alarms": candidates["alarms"],
-            },
-            "baselines": baselines,
-            "seconds": self.seconds,
-            "seed": self.config.seed,
-            "num_frames": {"train": len(self.train), "test": len(self.test)},
-            "date": datetime.date.today().isoformat(),
-            "versions": versions(self.device),
-        }
-        write_json(self.files.results, results)
-        with StageLog(self.files.folder, "test", total=1) as log:
-            figures = {"reward": results["reward"], "latency_ms": results["latency_ms"]}
-            for task, metrics in results["metrics"].items():
-                figures |= {f"{task}/{name}": value for name, value in metrics.items()}
-            log.scalars(0, figures)
-        return results
-
     def export(self) -> dict[str, Any]:
         """Write the derived network, first seed, as `model.tflite`, check it, and report.
 
@@ -263,57 +398,6 @@ class Run(Experiment):
             if report[check] is not None:
                 note(f"export: {check.replace('_', ' ')}: {report[check]}")
         return report
-
-    def deploy(
-        self,
-        stage: str,
-        path: Path,
-        report_path: Path,
-        *,
-        splits: Mapping[str, PackedSplit],
-        io: IoType = "int8",
-        num_calibration: int = 128,
-    ) -> dict[str, Any]:
-        """Export the network of a finished training, see `oneshot_ednas.deploy`.
-
-        Args:
-            stage: the training, for example `retrain.seed_0` or `baseline.base`.
-            path: the `.tflite` to write.
-            report_path: the report to write.
-            splits: by name, the frames to score the network and the file on.
-            io: type of input and output.
-            num_calibration: training frames that the ranges of activations come from.
-
-        Raises:
-            ValueError: if there is no such training, or it is not finished.
-        """
-        seeds = range(self.config.retrain.num_seeds)
-        trainings = {f"retrain.seed_{number}": number for number in seeds}
-        trainings |= {f"baseline.{name}": 0 for name in self.baselines}
-        if stage not in trainings:
-            raise ValueError(
-                f"{self.files.folder} trains no {stage}; it has {', '.join(trainings)}"
-            )
-        if stage.startswith("baseline."):
-            architecture = self.baselines[stage.removeprefix("baseline.")]
-        else:
-            architecture = self._derived_architecture()
-        return deploy(
-            self._trained(architecture, stage, trainings[stage]),
-            path,
-            report_path,
-            name=stage,
-            calibration=self.train,
-            splits=splits,
-            tasks=self.tasks,
-            table=self.table,
-            predicted_ms=self.costs.latency_ms(architecture),
-            io=io,
-            num_calibration=num_calibration,
-            batch_size=self.config.derive.batch_size,
-            seed=self.config.seed,
-            device=self.device,
-        )
 
     @property
     def _is_exported(self) -> bool:
@@ -373,87 +457,80 @@ class Run(Experiment):
             )
         return search
 
-    def _derived_architecture(self) -> Architecture:
-        if not self.files.architecture.exists():
-            raise ValueError(
-                f"{self.files.folder} has no derived architecture yet; run "
-                f"oneshot-ednas derive {self.files.folder}"
-            )
-        architecture = Architecture.load(self.files.architecture)
-        self.space.check(architecture)
-        return architecture
-
-    def _trained(self, architecture: Architecture, stage: str, number: int) -> Network:
-        """The network of a finished training.
-
-        Raises:
-            ValueError: if it is not finished.
-        """
-        path = self.files.checkpoint(stage)
-        if not path.exists() or self._steps_done(path) < self.config.retrain.steps:
-            raise ValueError(
-                f"{stage} is not trained to its end; run oneshot-ednas retrain {self.files.folder}"
-            )
-        return self._train(architecture, stage, number)
-
-    def _steps_done(self, path: Path) -> int:
-        return int(load_checkpoint(path)["step"])
-
-    def _score(self, network: Network) -> Metrics:
-        return evaluate(
-            network,
-            self.test,
-            self.tasks,
-            batch_size=self.config.derive.batch_size,
-            device=self.device,
-        )
-
-    def _figures(self, architecture: Architecture, scores: list[Metrics]) -> dict[str, Any]:
-        """Latency, size, and metrics averaged over seeds, with the reward of each."""
-        latency_ms = self.costs.latency_ms(architecture)
-        network = build_network(self.space.fix(architecture), self.out_channels)
-        macs = multiply_adds(network, self.config.data.image_size)[""]
-        rewards = [
-            reward(accuracy_of(self.tasks, metrics), latency_ms, self.target_ms)
-            for metrics in scores
-        ]
+    def _search_figures(self) -> dict[str, Any]:
+        candidates = read_json(self.files.candidates)
+        best = candidates["candidates"][0]
         return {
-            "architecture": str(architecture),
-            "latency_ms": latency_ms,
-            "is_inside_target": latency_ms <= self.target_ms,
-            "parameters": network.num_parameters,
-            "gmacs": macs / 1e9,
-            "reward": statistics.fmean(rewards),
-            "reward_per_seed": rewards,
-            "metrics": _over_seeds(scores, statistics.fmean),
-            "metrics_std": _over_seeds(scores, statistics.stdev) if len(scores) > 1 else None,
+            "supernet": {
+                "reward": best["reward"],
+                "metrics": best["metrics"],
+                "expected_latency_ms": candidates["expected_latency_ms"],
+                "argmax_latency_ms": candidates["argmax_latency_ms"],
+                "alarms": candidates["alarms"],
+            },
         }
+
+    def _search_cost(self) -> tuple[float | None, float]:
+        """The supernet's training and the scoring of candidates, which takes no backward pass."""
+        derive, calibration = self.config.derive, len(self.part("weights"))
+        frames = derive.calibration_batches * min(derive.batch_size, calibration)
+        frames += len(self.part("validation"))
+        candidates = read_json(self.files.candidates)["candidates"]
+        ranking = sum(
+            frames * self.macs(Architecture.from_json(candidate["architecture"]))
+            for candidate in candidates
+        )
+        # A supernet trained by an older version did not count.
+        macs = None if math.isnan(self.one_shot.macs) else self.one_shot.macs + ranking
+        return macs, self.seconds["search"] + self.seconds["derive"]
+
+
+class MultiTrialRun(Run):
+    """The architecture comes from trials: evolution or random search."""
+
+    workers = Workers(SerialExecutor(), 1)
+    """What runs the trials; set it to another before `find`."""
+
+    def __init__(
+        self, config: ExperimentConfig, folder: Path, *, is_reopened: bool = False
+    ) -> None:
+        """As of `Experiment`, and what the trials need."""
+        super().__init__(config, folder, is_reopened=is_reopened)
+        self.trainer()  # refuses what no trial could do
+
+    def find(self) -> None:
+        """Run the trials that are left, and keep the best architecture."""
+        if self.files.architecture.exists():
+            return
+        config = self.config.multi_trial
+        note(
+            f"{self.config.method}: {self.space.name}, {self.space.num_architectures:.3g} "
+            f"architectures, {config.num_trials} trials of {config.steps} steps, "
+            f"{self.workers.count} at a time, target {self.target_ms:g} ms"
+        )
+        with self.timed("search"), TrialStore(self.files.trials) as store:
+            train = partial(run_trial, self.files.folder.absolute())
+            MultiTrialSearch(self, store, train).run(self.workers)
+        keep_pick(self, store.trials.values())
+
+    def _search_figures(self) -> dict[str, Any]:
+        return {"trials": summary(read_trials(self.files.trials), self.target_ms)}
+
+    def _search_cost(self) -> tuple[float, float]:
+        """All trials; their seconds are added up, whatever ran at a time."""
+        return search_cost(read_trials(self.files.trials))
+
+
+def run_class(config: ExperimentConfig) -> type[Run]:
+    """The runs of the config's method."""
+    return OneShotRun if config.method == "one_shot" else MultiTrialRun
 
 
 def run_all(run: Run) -> dict[str, Any]:
     """All stages that are not done yet, in order; returns the results."""
-    run.search()
-    if not run.files.architecture.exists():
-        run.derive()
+    run.find()
     run.retrain()
-    return finish(run)
-
-
-def finish(run: Run) -> dict[str, Any]:
-    """The stages after the trainings; returns the results."""
-    results = run.evaluate()
-    try:
-        run.export()
-    finally:
-        run.report()  # also of a network that the device does not take
-    return results
-
-
-def _over_seeds(scores: list[Metrics], statistic: Callable[[list[float]], float]) -> Metrics:
-    return {
-        task: {name: statistic([metrics[task][name] for metrics in scores]) for name in values}
-        for task, values in scores[0].items()
-    }
+    return run.finish()
 
 
 def _probabilities(search: OneShotSearch) -> dict[str, dict[str, float]]:

@@ -2,12 +2,14 @@
 
 import json
 import platform
+import statistics
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,13 +21,16 @@ from oneshot_ednas.data.order import split_indices
 from oneshot_ednas.data.packed import PackedSplit
 from oneshot_ednas.data.source import load_data
 from oneshot_ednas.latency.costs import SpaceCosts
+from oneshot_ednas.latency.operations import network_macs
 from oneshot_ednas.latency.table import LatencyTable
+from oneshot_ednas.models.network import build_network
+from oneshot_ednas.reward import reward
 from oneshot_ednas.schema import dump_yaml, find_file, load_yaml, read_json
 from oneshot_ednas.search import check_target
 from oneshot_ednas.space import SearchSpace, named_space
 from oneshot_ednas.store import write_json, write_text
 from oneshot_ednas.tasks import Task, make_tasks
-from oneshot_ednas.training import choose_device, numpy_generator
+from oneshot_ednas.training import Metrics, accuracy_of, choose_device, numpy_generator
 from oneshot_ednas.trial import StandAloneTrainer
 
 MAX_RANDOM_DRAWS = 20_000
@@ -74,6 +79,11 @@ class RunFiles:
         return self.folder / "candidates.json"
 
     @property
+    def trials(self) -> Path:
+        """The trials of a multi-trial search."""
+        return self.folder / "trials.sqlite"
+
+    @property
     def results(self) -> Path:
         """Figures of the run."""
         return self.folder / "results.json"
@@ -98,13 +108,13 @@ class RunFiles:
         return self.folder / "checkpoints" / f"{stage}.safetensors"
 
 
-class Experiment:
-    """A config with all that it names, loaded and checked, and its run folder."""
+class Problem:
+    """What is searched for: a config with its space, tasks, table and target, and a run folder."""
 
     def __init__(
         self, config: ExperimentConfig, folder: Path, *, is_reopened: bool = False
     ) -> None:
-        """Load and check everything that can be wrong before a file is written.
+        """Load and check what the config names, but the data.
 
         Args:
             config: the config, its files named as `load_config` does.
@@ -113,7 +123,7 @@ class Experiment:
                 are no longer as they were.
 
         Raises:
-            ValueError: for whatever is wrong in config, space, table, data or target.
+            ValueError: for whatever is wrong in config, space, table or target.
             FileNotFoundError: for a missing file.
         """
         self.config, self.files = config, RunFiles(folder)
@@ -135,29 +145,6 @@ class Experiment:
         self.costs: SpaceCosts = self.table.costs(self.space, self.out_channels)
         self.target_ms = config.latency.target_ms
         check_target(self.table, self.space, self.out_channels, self.target_ms)
-        self.train, self.test = load_data(config.data, self.tasks)
-        indices = split_indices(len(self.train), config.search.splits, config.seed)
-        smallest = min(len(indices["weights"]), len(indices["alpha"]))
-        if config.search.batch_size > smallest:
-            raise ValueError(
-                f"search.batch_size is {config.search.batch_size}, the smaller of the weight and "
-                f"alpha splits has {smallest} frames; lower it or use more frames"
-            )
-        if config.retrain.batch_size > len(self.train):
-            raise ValueError(
-                f"retrain.batch_size is {config.retrain.batch_size}, the training split has "
-                f"{len(self.train)} frames; lower it or use more frames"
-            )
-        self.baselines = {name: self.baseline(name) for name in config.baselines}
-        self.indices = indices
-        self._check_depth()
-
-    def _check_depth(self) -> None:
-        """Refuse splits on which a metric would have nothing to score, before training for it."""
-        scored = {"test": self.test, "validation": self.part("validation")}
-        for name, split in scored.items():
-            if "depth" in self.tasks and split.num_invalid_depth_frames == len(split):
-                raise ValueError(f"none of the {len(split)} {name} frames has a valid depth")
 
     # Folder ---------------------------------------------------------------------------------
 
@@ -181,17 +168,7 @@ class Experiment:
                 raise ValueError(f"{files.folder} already holds this run; go on with --resume")
         elif files.folder.exists() and any(files.folder.iterdir()):
             raise ValueError(f"{files.folder} is not empty and holds no run; choose another --out")
-        splits = {
-            name: [self.train.sources[i] for i in part] for name, part in self.indices.items()
-        }
-        digests = {split.name: split.digest() for split in (self.train, self.test)}
-        contents = {
-            files.space: ("search space", self.space.to_yaml()),
-            files.table: ("latency table", self.table.to_text()),
-            files.splits: ("data", json.dumps(splits, indent=1) + "\n"),
-            files.data: ("data", json.dumps(digests, indent=1) + "\n"),
-            files.config: ("config", dump_yaml(self.config)),
-        }
+        contents = self._contents
         if self.is_reopened:
             del contents[files.space], contents[files.table]  # they came from there
         for path, (what, text) in contents.items():
@@ -202,6 +179,16 @@ class Experiment:
                 )
         for path, (_, text) in contents.items():
             write_text(path, text)
+
+    @property
+    def _contents(self) -> dict[Path, tuple[str, str]]:
+        """What defines the run: per file its name in messages and its text; the config last."""
+        files = self.files
+        return {
+            files.space: ("search space", self.space.to_yaml()),
+            files.table: ("latency table", self.table.to_text()),
+            files.config: ("config", dump_yaml(self.config)),
+        }
 
     def _held(self, path: Path) -> str:
         """Text of a file of the folder, of space and table in the form that is written now."""
@@ -228,6 +215,94 @@ class Experiment:
         path = self.files.seconds
         return dict(read_json(path)) if path.exists() else {}
 
+    # Figures --------------------------------------------------------------------------------
+
+    def macs(self, architecture: Architecture) -> int:
+        """Multiply-adds of one forward pass on one frame."""
+        size = self.config.data.image_size
+        return network_macs(self.space, architecture, size, self.out_channels)
+
+    def reward(self, architecture: Architecture, metrics: Metrics) -> float:
+        """EDNAS eq. 4-7.
+
+        Raises:
+            ValueError: if a metric is not finite.
+        """
+        latency_ms = self.costs.latency_ms(architecture)
+        return reward(accuracy_of(self.tasks, metrics), latency_ms, self.target_ms)
+
+    def figures(self, architecture: Architecture, scores: Sequence[Metrics]) -> dict[str, Any]:
+        """Latency, size, and metrics averaged over seeds, with the reward of each."""
+        latency_ms = self.costs.latency_ms(architecture)
+        network = build_network(self.space.fix(architecture), self.out_channels)
+        rewards = [self.reward(architecture, metrics) for metrics in scores]
+        return {
+            "architecture": str(architecture),
+            "latency_ms": latency_ms,
+            "is_inside_target": latency_ms <= self.target_ms,
+            "parameters": network.num_parameters,
+            "gmacs": self.macs(architecture) / 1e9,
+            "reward": statistics.fmean(rewards),
+            "reward_per_seed": rewards,
+            "metrics": _over_seeds(scores, statistics.fmean),
+            "metrics_std": _over_seeds(scores, statistics.stdev) if len(scores) > 1 else None,
+        }
+
+
+class Experiment(Problem):
+    """A problem and its data."""
+
+    def __init__(
+        self, config: ExperimentConfig, folder: Path, *, is_reopened: bool = False
+    ) -> None:
+        """Load and check everything that can be wrong before a file is written.
+
+        Args:
+            config: the config, its files named as `load_config` does.
+            folder: the run folder; need not exist yet.
+            is_reopened: as of `Problem`.
+
+        Raises:
+            ValueError: for whatever is wrong in config, space, table, data or target.
+            FileNotFoundError: for a missing file.
+        """
+        super().__init__(config, folder, is_reopened=is_reopened)
+        self.train, self.test = load_data(config.data, self.tasks)
+        indices = split_indices(len(self.train), config.search.splits, config.seed)
+        smallest = min(len(indices["weights"]), len(indices["alpha"]))
+        if config.search.batch_size > smallest:
+            raise ValueError(
+                f"search.batch_size is {config.search.batch_size}, the smaller of the weight and "
+                f"alpha splits has {smallest} frames; lower it or use more frames"
+            )
+        if config.retrain.batch_size > len(self.train):
+            raise ValueError(
+                f"retrain.batch_size is {config.retrain.batch_size}, the training split has "
+                f"{len(self.train)} frames; lower it or use more frames"
+            )
+        self.baselines = {name: self.baseline(name) for name in config.baselines}
+        self.indices = indices
+        self._check_depth()
+
+    def _check_depth(self) -> None:
+        """Refuse splits on which a metric would have nothing to score, before training for it."""
+        scored = {"test": self.test, "validation": self.part("validation")}
+        for name, split in scored.items():
+            if "depth" in self.tasks and split.num_invalid_depth_frames == len(split):
+                raise ValueError(f"none of the {len(split)} {name} frames has a valid depth")
+
+    @property
+    def _contents(self) -> dict[Path, tuple[str, str]]:
+        splits = {
+            name: [self.train.sources[i] for i in part] for name, part in self.indices.items()
+        }
+        digests = {split.name: split.digest() for split in (self.train, self.test)}
+        return {
+            self.files.splits: ("data", json.dumps(splits, indent=1) + "\n"),
+            self.files.data: ("data", json.dumps(digests, indent=1) + "\n"),
+            **super()._contents,
+        }
+
     def part(self, name: str) -> PackedSplit:
         """The `weights`, `alpha` or `validation` split."""
         return self.train.subset(self.indices[name])
@@ -237,8 +312,16 @@ class Experiment:
 
         Args:
             with_test: score the test split too, for a study; no search may look at it.
+
+        Raises:
+            ValueError: if a batch is larger than the training set of a trial.
         """
         indices = sorted([*self.indices["weights"], *self.indices["alpha"]])
+        if self.config.retrain.batch_size > len(indices):
+            raise ValueError(
+                f"retrain.batch_size is {self.config.retrain.batch_size}, a trial has "
+                f"{len(indices)} training frames; lower it or use more frames"
+            )
         return StandAloneTrainer(
             config=replace(self.config.retrain, steps=self.config.multi_trial.steps),
             space=self.space,
@@ -268,6 +351,13 @@ class Experiment:
             f"none of {MAX_RANDOM_DRAWS} random architectures is inside {self.target_ms:g} ms; "
             f"raise latency.target_ms or leave out the baseline random"
         )
+
+
+def _over_seeds(scores: Sequence[Metrics], statistic: Callable[[list[float]], float]) -> Metrics:
+    return {
+        task: {name: statistic([metrics[task][name] for metrics in scores]) for name in values}
+        for task, values in scores[0].items()
+    }
 
 
 def _git_revision() -> str:

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,7 +21,9 @@ from oneshot_ednas.architecture import Architecture
 from oneshot_ednas.data.packed import PackedSplit
 from oneshot_ednas.data.transforms import AugmentConfig
 from oneshot_ednas.latency.expected import expected_latency
+from oneshot_ednas.latency.operations import network_macs, relaxed_macs
 from oneshot_ednas.latency.table import LatencyTable
+from oneshot_ednas.models.blocks import SharingConfig
 from oneshot_ednas.models.network import build_network
 from oneshot_ednas.relaxation import (
     ArchitectureParameters,
@@ -42,6 +45,7 @@ from oneshot_ednas.training import (
     task_losses,
     torch_generator,
     training_batch,
+    training_macs,
     weighted_sum,
 )
 
@@ -91,6 +95,12 @@ class SearchConfig:
     latency: LatencyLossConfig = LatencyLossConfig()
     exploration: float = 0.2
     """Share of uniform draws, per choice, among the architectures of weight steps."""
+    path_sampling: Literal["uniform", "fair"] = "uniform"
+    """How uniform draws are made: `fair` deals each choice's options in random order, so that a
+    choice of n options has each of them once in n paths.
+    Source: strict fairness of FairNAS (Chu et al., ICCV 2021, section 3.2)."""
+    num_paths: int = 1
+    """Architectures drawn per weight step; the weights move by their mean gradient."""
     sandwich: bool = False
     """Train the smallest and the largest architecture in each weight step too.
     Source: Yu and Huang, Universally Slimmable Networks, ICCV 2019."""
@@ -103,6 +113,8 @@ class SearchConfig:
         default_factory=lambda: {"weights": 0.6, "alpha": 0.25, "validation": 0.15}
     )
     """Shares of the training set for `weights`, `alpha` and `validation`."""
+    sharing: SharingConfig = SharingConfig()
+    """What the options of a block share in the supernet."""
     loop: LoopConfig = LoopConfig()
 
     def __post_init__(self) -> None:
@@ -113,11 +125,9 @@ class SearchConfig:
             )
         if self.num_validations < 0:
             raise ValueError(f"num_validations: expected 0 or more, got {self.num_validations}")
-        if self.steps < 1 or self.batch_size < 1 or self.alpha_every < 1:
-            raise ValueError(
-                f"expected steps, batch_size and alpha_every of at least 1, got {self.steps}, "
-                f"{self.batch_size} and {self.alpha_every}"
-            )
+        for name in ("steps", "batch_size", "alpha_every", "num_paths"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if not 0 <= self.warmup_fraction < 1 or not 0 <= self.exploration <= 1:
             raise ValueError(
                 f"expected warmup_fraction in 0..1 (below 1) and exploration in 0..1, got "
@@ -128,9 +138,9 @@ class SearchConfig:
                 f"expected alpha_learning_rate > 0 and alpha_weight_decay >= 0, got "
                 f"{self.alpha_learning_rate} and {self.alpha_weight_decay}"
             )
-        if self.mode == "joint" and (self.sandwich or self.alpha_every != 1):
+        if self.mode == "joint" and (self.sandwich or self.alpha_every != 1 or self.num_paths != 1):
             raise ValueError(
-                "mode joint has no weight steps of its own: sandwich, distillation and "
+                "mode joint has no weight steps of its own: sandwich, distillation, num_paths and "
                 "alpha_every belong to mode alternating"
             )
         if self.distillation and not self.sandwich:
@@ -185,7 +195,8 @@ class OneShotSearch:
         # The weights' first values depend on the seed alone, not on what ran before.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(torch_generator(seed, "supernet").initial_seed())
-            self.supernet = build_network(space, self.out_channels).to(device)
+            self.supernet = build_network(space, self.out_channels, sharing=config.sharing)
+            self.supernet.to(device)
         self.alpha = ArchitectureParameters(space)
         self._option_index = self.alpha.index.clone()  # stays on the CPU, where options are counted
         self.alpha.to(device)
@@ -200,6 +211,9 @@ class OneShotSearch:
         """How often each option was trained."""
         self.collapsed: dict[str, int] = {}
         """Choices that lost their entropy in the first half of the search, with the step."""
+        self.macs = 0.0
+        """Multiply-adds so far, see `training_macs`; NaN after a checkpoint that did not count."""
+        self._relaxed_macs = relaxed_macs(space, self._image_size, self.out_channels)
         self.step = 0
         self.supernet.train()
 
@@ -212,6 +226,7 @@ class OneShotSearch:
             "step": self.step,
             "seed": self.seed,
             "mu": self.mu,
+            "macs": self.macs,
             "sampled": self.sampled,
             "collapsed": self.collapsed,
             "supernet": self.supernet.state_dict(),
@@ -243,6 +258,7 @@ class OneShotSearch:
         self.alpha_optimizer.load_state_dict(state["alpha_optimizer"])
         self.step, self.mu = state["step"], state["mu"]
         self.sampled, self.collapsed = state["sampled"], state["collapsed"]
+        self.macs = state.get("macs", math.nan)
         torch.set_rng_state(state["torch_random_state"])
 
     def run(
@@ -309,10 +325,11 @@ class OneShotSearch:
     def _weight_step(self, step: int, *, uniform: bool) -> dict[str, float | Tensor]:
         batch = self._batch("weights", step)
         self.optimizer.zero_grad(set_to_none=True)
-        path = self.sample_path(step, uniform=uniform)
-        runs = [path]
+        paths = self.sample_paths(step, uniform=uniform)
+        runs = paths
         if self.config.sandwich:
-            runs = [self.extreme(path, largest=True), path, self.extreme(path, largest=False)]
+            largest = self.extreme(paths[0], largest=True)
+            runs = [largest, *paths, self.extreme(paths[-1], largest=False)]
         first: dict[str, Tensor] | None = None
         total, logged = torch.zeros(()), dict[str, Tensor]()
         for architecture in runs:
@@ -329,9 +346,12 @@ class OneShotSearch:
             (loss / len(runs)).backward()
             if first is None:
                 first = {name: output.detach() for name, output in outputs.items()}
-            if architecture is path:
+            if architecture is paths[0]:
                 total, logged = loss.detach(), {n: v.detach() for n, v in losses.items()}
             self._count(architecture)
+            self._spend(
+                network_macs(self.space, architecture, self._image_size, self.out_channels), batch
+            )
         self._weights_update(f"search step {step}", lambda: " and ".join(map(str, runs)))
         values: dict[str, float | Tensor] = {"loss/weights": total}
         values |= {f"loss/{name}": loss for name, loss in logged.items()}
@@ -352,6 +372,8 @@ class OneShotSearch:
         check_finite(losses, where=f"search step {step} (alpha)", run=run)
         # Gradients of alpha only: autograd leaves out those of the weights.
         (task_gradient,) = torch.autograd.grad(weighted_sum(self.tasks, losses), self.alpha.logits)
+        # Counted in full, although the gradient of the projections' weights is left out.
+        self._spend(self._relaxed_macs, batch)
         values = self._alpha_update(step, task_gradient, run)
         values["loss/alpha"] = weighted_sum(self.tasks, losses).detach()
         return values
@@ -369,11 +391,19 @@ class OneShotSearch:
         loss.backward()
         self._weights_update(f"search step {step} (joint)", run)
         self._count(run())
+        self._spend(self._relaxed_macs, batch)
         assert self.alpha.logits.grad is not None
         values = self._alpha_update(step, self.alpha.logits.grad, run)
         values |= {"temperature": self._temperature(step), "loss/weights": loss.detach()}
         values |= {f"loss/{name}": value.detach() for name, value in losses.items()}
         return values
+
+    @property
+    def _image_size(self) -> tuple[int, int]:
+        return self.splits["weights"].height, self.splits["weights"].width
+
+    def _spend(self, forward_macs: int, batch: Mapping[str, Tensor]) -> None:
+        self.macs += training_macs(forward_macs, len(batch["image"]))
 
     def _temperature(self, step: int) -> float:
         return self.config.temperature.at(self.config.progress(step))
@@ -435,18 +465,43 @@ class OneShotSearch:
 
     # Architectures --------------------------------------------------------------------------
 
-    def sample_path(self, step: int, *, uniform: bool) -> Architecture:
-        """The architecture that a weight step trains: from softmax(alpha), in part uniform."""
+    def sample_paths(self, step: int, *, uniform: bool) -> list[Architecture]:
+        """The architectures that a weight step draws: from softmax(alpha), in part uniform."""
         generator = numpy_generator(self.seed, "path", step)
+        count = self.config.num_paths
+        is_fair = self.config.path_sampling == "fair"
+        dealt = [self._dealt(step * count + number) if is_fair else None for number in range(count)]
         if uniform:
-            return self.space.sample(generator)
+            return [
+                self.space.sample(generator) if indices is None else self.space.decode(indices)
+                for indices in dealt
+            ]
         rows = self.alpha.padded_logits().detach().cpu().double().softmax(1).numpy()
+        return [self._drawn_by_alpha(rows, indices, generator) for indices in dealt]
+
+    def _drawn_by_alpha(
+        self, rows: np.ndarray, dealt: list[int] | None, generator: np.random.Generator
+    ) -> Architecture:
         share, indices = self.config.exploration, []
-        for row, choice in zip(rows, self.space.choices, strict=True):
+        for position, choice in enumerate(self.space.choices):
             count = len(choice.options)
-            weights = (1 - share) * row[:count] + share / count
+            weights = rows[position, :count]
+            if dealt is None:
+                weights = (1 - share) * weights + share / count
+            elif generator.random() < share:
+                indices.append(dealt[position])
+                continue
             indices.append(int(generator.choice(count, p=weights / weights.sum())))
         return self.space.decode(indices)
+
+    def _dealt(self, number: int) -> list[int]:
+        """The fair options of a path: per choice of n, a new order of its options every n paths."""
+        indices = []
+        for position, choice in enumerate(self.space.choices):
+            deal, place = divmod(number, len(choice.options))
+            generator = numpy_generator(self.seed, "deal", position, deal)
+            indices.append(int(generator.permutation(len(choice.options))[place]))
+        return indices
 
     def extreme(self, path: Architecture, *, largest: bool) -> Architecture:
         """The largest or smallest architecture with the ops of a path."""

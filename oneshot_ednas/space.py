@@ -6,6 +6,7 @@ same builder, latency walk and JSON serve both.
 
 import math
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
 from itertools import pairwise
@@ -307,6 +308,45 @@ class SearchSpace:
         shift = 1 + _draw(generator, len(self.choices[which].options) - 1)
         indices[which] = (indices[which] + shift) % len(self.choices[which].options)
         return self.decode(indices)
+
+    # PyGlove --------------------------------------------------------------------------------
+
+    def to_pyglove(self) -> Any:
+        """The space as a symbolic value of PyGlove, with a `pg.oneof` per choice.
+
+        A `pg.Dict` of blocks `block_1`, `block_2`, ..., each with the `CHOICE_FIELDS`. Its DNA has
+        one number per choice, the one that `encode` gives.
+        """
+        import pyglove as pg  # takes half a second
+
+        def decision(options: tuple[Any, ...]) -> Any:
+            return pg.oneof(list(options)) if len(options) > 1 else options[0]
+
+        return pg.Dict(
+            {
+                f"block_{number}": pg.Dict(
+                    {field: decision(block.options(field)) for field in CHOICE_FIELDS}
+                )
+                for number, block in enumerate(self.blocks, start=1)
+            }
+        )
+
+    def from_pyglove(self, value: Mapping[str, Mapping[str, Any]]) -> Architecture:
+        """The architecture of a value of `to_pyglove` without choices, as PyGlove decodes a DNA.
+
+        Raises:
+            ValueError: if the value is not of this space.
+        """
+        names = [f"block_{number}" for number in range(1, len(self.blocks) + 1)]
+        if list(value) != names or any(set(row) != set(CHOICE_FIELDS) for row in value.values()):
+            raise ValueError(
+                f"expected a value of the {len(names)} blocks of space {self.name}, each with "
+                f"{', '.join(CHOICE_FIELDS)}; got {dict(value)}"
+            )
+        rows = [{field: value[name][field] for field in CHOICE_FIELDS} for name in names]
+        architecture = Architecture(tuple(BlockArchitecture(**r) for r in rows), space=self.name)
+        self.check(architecture)
+        return architecture
 
     # Files ----------------------------------------------------------------------------------
 

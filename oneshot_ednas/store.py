@@ -8,9 +8,9 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,6 +18,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 FORMAT = 1
+T = TypeVar("T")
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -52,6 +53,39 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: object) -> None:
     """`write_bytes` for JSON; non-finite numbers are an error, since JSON has none."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def append_json_line(path: Path, row: object) -> None:
+    """Add a line to a file of JSON lines; what a crash left of a line is cut off first."""
+    if path.exists():
+        held = path.read_bytes()
+        if held and not held.endswith(b"\n"):
+            write_bytes(path, held[: held.rfind(b"\n") + 1])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def read_json_lines(path: Path, read: Callable[[Any], T]) -> list[T]:
+    """The rows of a file of JSON lines; none if there is no file.
+
+    What follows the last line end was torn by a crash and is left out.
+
+    Args:
+        path: the file.
+        read: from the value of a line to what it stands for.
+
+    Raises:
+        ValueError: if a line is no JSON, or `read` does not take it; names file and line.
+    """
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    rows = []
+    for number, line in enumerate(text.split("\n")[:-1], start=1):
+        try:
+            rows.append(read(json.loads(line)))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}:{number}: damaged: {error!r}; delete that line") from None
+    return rows
 
 
 def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:

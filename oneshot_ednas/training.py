@@ -32,6 +32,10 @@ from oneshot_ednas.tasks import Task
 Batch = dict[str, Tensor]
 Metrics = dict[str, dict[str, float]]
 
+BACKWARD_FACTOR = 3
+"""Multiply-adds of a training step over those of its forward pass: a convolution's backward pass
+is two more convolutions of its size, one for its input and one for its weights."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
@@ -113,6 +117,11 @@ def choose_device(name: str) -> torch.device:
     if not available.get(device.type, False):
         raise ValueError(f"device {name} was asked for and is absent; use auto or cpu")
     return device
+
+
+def training_macs(forward_macs: int, frames: int) -> float:
+    """Multiply-adds of training on this many frames: the cost that methods are compared at."""
+    return float(BACKWARD_FACTOR * forward_macs * frames)
 
 
 # Batches, losses, evaluation ----------------------------------------------------------------

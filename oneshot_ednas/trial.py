@@ -17,16 +17,7 @@ from oneshot_ednas.latency.operations import network_macs
 from oneshot_ednas.retrain import RetrainConfig, StandAloneTraining
 from oneshot_ednas.space import SearchSpace
 from oneshot_ednas.tasks import Task
-from oneshot_ednas.training import Metrics, evaluate
-
-BACKWARD_FACTOR = 3
-"""Multiply-adds of a training step over those of its forward pass: a convolution's backward pass
-is two more convolutions of its size, one for its input and one for its weights."""
-
-
-def training_macs(forward_macs: float, frames: int) -> float:
-    """Multiply-adds of training on this many frames: the cost that methods are compared at."""
-    return BACKWARD_FACTOR * forward_macs * frames
+from oneshot_ednas.training import Metrics, evaluate, training_macs
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,11 +13,11 @@ from hypothesis import strategies as st
 
 from oneshot_ednas.architecture import BlockArchitecture
 from oneshot_ednas.latency.operations import block_options
-from oneshot_ednas.models.blocks import (
+from oneshot_ednas.models.blocks import ElasticBlock, SharingConfig
+from oneshot_ednas.models.layers import (
     BN_EPS,
     ConvBN,
     ElasticBatchNorm,
-    ElasticBlock,
     SeparableConv,
     centre,
     conv_same,
@@ -58,6 +59,9 @@ def randomised(block: ElasticBlock, seed: int) -> ElasticBlock:
                 tensor.data.uniform_(0.5, 1.5, generator=source)
             for tensor in (layer.bias, layer.running_mean):
                 tensor.data.normal_(generator=source)
+    for branch in block.branches.values():
+        for parameter in branch.kernel_maps.values():
+            parameter.data.normal_(std=0.2, generator=source)
     return block
 
 
@@ -147,6 +151,52 @@ def test_batch_norm_without_momentum_uses_the_batch_and_keeps_no_statistics():
     assert layer.running_var.tolist() == [1.0] * 4
 
 
+def test_batch_norm_with_sets_uses_the_option_s_or_mixes_them_by_gates():
+    steps = (torch.arange(6) < torch.tensor([[2, 4], [3, 6]]).unsqueeze(-1)).float()
+    layer = ElasticBatchNorm(6, momentum=0.0, option_steps=steps)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        layer.weight.normal_()
+        layer.bias.normal_()
+    sets = layer.weight.detach().numpy()
+    weight, bias = layer.affine((1, 0))
+    assert np.array_equal(weight.detach().numpy(), sets[1, 0])
+    assert torch.equal(bias, layer.bias[1, 0])
+    gates = torch.outer(torch.tensor([0.3, 0.7]), torch.tensor([0.6, 0.4]))
+    expected = np.zeros(6)
+    for i, e, c in itertools.product(range(2), range(2), range(6)):
+        # Beyond an option's width its own numbers are never trained: the largest option's count.
+        own = c < (2, 4, 3, 6)[2 * i + e]
+        expected[c] += gates[i, e] * (sets[i, e, c] if own else sets[1, 1, c])
+    np.testing.assert_allclose(layer.affine(gates)[0].detach().numpy(), expected, rtol=1e-5)
+    x = torch.randn(3, 6, 4, 4)
+    normal = F.batch_norm(x, None, None, training=True, eps=BN_EPS)
+    mixed = normal * layer.affine(gates)[0].view(-1, 1, 1) + layer.affine(gates)[1].view(-1, 1, 1)
+    torch.testing.assert_close(layer(x, gates), mixed, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("op", ["ibn", "fused_ibn"])
+def test_smaller_kernels_are_maps_of_the_next_larger_one_s_centre(op):
+    spec = replace(spec_of(), kernel_sizes=(3, 5, 7))
+    block = ElasticBlock(spec, (4,), momentum=0.0, sharing=SharingConfig(kernel_transform=True))
+    branch = block.branches[op]
+    assert set(branch.kernel_maps) == {"5", "3"}
+    torch.manual_seed(1)
+    for parameter in branch.kernel_maps.values():
+        assert not parameter.any()
+        torch.nn.init.normal_(parameter)
+    largest = getattr(branch, branch.kernel_name)
+    kernels = {7: largest.detach().double().numpy()}
+    for size in (5, 3):
+        larger = kernels[size + 2][:, :, 1:-1, 1:-1]
+        full = np.eye(size**2) + branch.kernel_maps[str(size)].detach().double().numpy()
+        kernels[size] = np.einsum("oit,tu->oiu", larger.reshape(*larger.shape[:2], -1), full)
+        kernels[size] = kernels[size].reshape(larger.shape)
+    for size, expected in kernels.items():
+        got = branch._kernel(largest, size).detach().numpy()
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_conv_bn_reads_the_leading_channels_and_clips_if_wished():
     layer = ConvBN(6, 4, kernel_size=3, stride=2).eval()
     x = 100 * torch.randn(2, 3, 8, 8)
@@ -171,9 +221,15 @@ def test_a_separable_convolution_is_a_depthwise_and_a_pointwise_one():
 
 @pytest.mark.parametrize("is_training", [True, False])
 @pytest.mark.parametrize("stride", [1, 2])
-def test_one_hot_relaxed_equals_sliced_for_every_option_and_in_width(stride, is_training):
+@pytest.mark.parametrize(
+    "sharing",
+    [SharingConfig(), SharingConfig(bn_affine="per_width", kernel_transform=True)],
+    ids=["plain", "own"],
+)
+def test_one_hot_relaxed_equals_sliced_for_every_option_and_in_width(stride, is_training, sharing):
     spec, in_filters = spec_of(stride=stride), (4, 8)
-    block = randomised(ElasticBlock(spec, in_filters, momentum=0.0), 0).train(is_training)
+    block = ElasticBlock(spec, in_filters, momentum=0.0, sharing=sharing)
+    block = randomised(block, 0).train(is_training)
     x = torch.randn(2, max(in_filters), 7, 6)
     for index, width in enumerate(in_filters):
         only = F.pad(x[:, :width], (0, 0, 0, 0, 0, max(in_filters) - width))

@@ -512,7 +512,7 @@ def test_a_failure_inside_gets_status_1_and_debug_the_traceback(project, tmp_pat
     def broken(*_, **__):
         raise RuntimeError("search step 3: the loss of depth\nis not finite")
 
-    monkeypatch.setattr("oneshot_ednas.pipeline.Run.search", broken)
+    monkeypatch.setattr("oneshot_ednas.pipeline.OneShotRun.search", broken)
     arguments = ["run", project / "config.yaml", "--out", tmp_path / "run"]
     result = call(*arguments)
     assert (result.exit_code, result.stdout) == (1, "")

@@ -25,7 +25,8 @@ from oneshot_ednas.export.flatbuffer import write_tflite
 from oneshot_ednas.export.graph import Conv, Graph, trace
 from oneshot_ednas.export.quantize import activation_quantization, quantize, same_padding
 from oneshot_ednas.export.runtime import TfliteNetwork
-from oneshot_ednas.models.blocks import ElasticBlock, pad_same
+from oneshot_ednas.models.blocks import ElasticBlock
+from oneshot_ednas.models.layers import pad_same
 from oneshot_ednas.space import BlockSpec
 
 SMALL_SPACE = SearchSpace.from_yaml(SMALL_YAML)

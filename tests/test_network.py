@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from oneshot_ednas.architecture import Architecture
-from oneshot_ednas.models.blocks import ElasticBatchNorm
+from oneshot_ednas.models.blocks import SharingConfig
+from oneshot_ednas.models.layers import ElasticBatchNorm
 from oneshot_ednas.models.network import (
     Network,
     build_network,
@@ -26,11 +27,21 @@ from oneshot_ednas.space import SearchSpace, ednas_b0, ednas_tiny
 
 seeds = st.integers(0, 2**31 - 1)
 
+SHARING = {
+    "shared": SharingConfig(),
+    "per_width": SharingConfig(bn_affine="per_width"),
+    "kernel_transform": SharingConfig(kernel_transform=True),
+    "both": SharingConfig(bn_affine="per_width", kernel_transform=True),
+}
 
-def supernet_of(space: SearchSpace) -> Network:
-    """A supernet whose BN is away from its identity start, so that a wrong channel shows."""
+
+def supernet_of(space: SearchSpace, sharing: str = "shared") -> Network:
+    """A supernet away from its identity start, so that a wrong channel, set or map shows."""
     torch.manual_seed(0)
-    supernet = build_network(space, OUT_CHANNELS)
+    supernet = build_network(space, OUT_CHANNELS, sharing=SHARING[sharing])
+    for name, parameter in supernet.named_parameters():
+        if "kernel_maps" in name:
+            nn.init.normal_(parameter, std=0.2)
     for layer in bn_layers(supernet):
         for tensor in (layer.weight, layer.running_var):
             tensor.data.uniform_(0.5, 1.5)
@@ -53,7 +64,8 @@ def images_of(*shape: int, seed: int = 0) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def supernets() -> dict[str, Network]:
     spaces = (ednas_tiny(), ednas_b0(), SearchSpace.from_yaml(SMALL_SPACE))
-    return {space.name: supernet_of(space) for space in spaces}
+    found = {space.name: supernet_of(space) for space in spaces}
+    return found | {name: supernet_of(spaces[-1], name) for name in SHARING if name != "shared"}
 
 
 def assert_same(
@@ -104,6 +116,13 @@ def test_one_hot_equals_sliced_equals_derived_in_the_paper_s_space(supernets, se
     supernet.float()
 
 
+@pytest.mark.parametrize("sharing", ["per_width", "kernel_transform", "both"])
+@settings(max_examples=5)
+@given(seed=seeds)
+def test_one_hot_equals_sliced_equals_derived_however_options_share(supernets, sharing, seed):
+    check_three_runs(supernets[sharing], seed, tolerance=1e-5)
+
+
 def test_hard_gates_run_the_architecture_that_they_sampled(supernets):
     supernet = supernets["ednas_tiny"].eval()
     alpha, images = random_alpha(supernet.space, 1), images_of(1, 3, 64, 64)
@@ -142,7 +161,89 @@ def test_inherited_weights_are_copies(supernets):
     assert all(torch.equal(supernet.state_dict()[name], tensor) for name, tensor in before.items())
 
 
-@pytest.mark.parametrize("name", ["ednas_tiny", "small"])
+# What options share -------------------------------------------------------------------------
+
+
+def test_a_supernet_keeps_its_tensors_by_default(small_space):
+    state = build_network(small_space, OUT_CHANNELS).state_dict()
+    bn = ("weight", "bias", "running_mean", "running_var")
+    spec, width = small_space.blocks[1], max(small_space.in_filters(1))
+    hidden, out, side = max(spec.expand_ratios) * width, max(spec.filters), max(spec.kernel_sizes)
+    prefix = "backbone.blocks.1.branches."
+    expected = {
+        "ibn.project": (out, hidden, 1, 1),
+        "ibn.expand": (hidden, width, 1, 1),
+        "ibn.depthwise": (hidden, 1, side, side),
+        **{f"ibn.expand_bn.{name}": (hidden,) for name in bn},
+        **{f"ibn.depthwise_bn.{name}": (hidden,) for name in bn},
+        **{f"ibn.project_bn.{name}": (out,) for name in bn},
+        "fused_ibn.project": (out, hidden, 1, 1),
+        "fused_ibn.expand": (hidden, width, side, side),
+        **{f"fused_ibn.expand_bn.{name}": (hidden,) for name in bn},
+        **{f"fused_ibn.project_bn.{name}": (out,) for name in bn},
+    }
+    got = {n.removeprefix(prefix): tuple(t.shape) for n, t in state.items() if prefix in n}
+    assert got == expected
+
+
+@pytest.mark.parametrize("sharing", ["per_width", "kernel_transform", "both"])
+def test_however_options_share_a_supernet_starts_as_the_same_function(small_space, sharing):
+    torch.manual_seed(1)
+    plain = build_network(small_space, OUT_CHANNELS).eval()
+    after = torch.rand(1)
+    torch.manual_seed(1)
+    supernet = build_network(small_space, OUT_CHANNELS, sharing=SHARING[sharing]).eval()
+    assert torch.equal(torch.rand(1), after)  # no draw more or less
+    extra = supernet.state_dict().keys() - plain.state_dict().keys()
+    assert plain.state_dict().keys() <= supernet.state_dict().keys()
+    assert all("kernel_maps" in name for name in extra)
+    assert bool(extra) == (sharing != "per_width")
+    images, generator = images_of(1, 3, 32, 32), np.random.default_rng(0)
+    with torch.no_grad():
+        for _ in range(5):
+            architecture = small_space.sample(generator)
+            got, expected = supernet(images, architecture), plain(images, architecture)
+            assert all(torch.equal(got[task], expected[task]) for task in expected)
+
+
+def test_a_derived_network_is_the_same_however_its_supernet_shares(small_space):
+    fixed = small_space.fix(small_space.base_architecture)
+    plain = build_network(fixed, OUT_CHANNELS).state_dict()
+    other = build_network(fixed, OUT_CHANNELS, sharing=SHARING["both"]).state_dict()
+    assert {n: t.shape for n, t in plain.items()} == {n: t.shape for n, t in other.items()}
+
+
+def test_an_architecture_trains_its_own_bn_sets_and_the_maps_that_it_needs(supernets):
+    supernet = supernets["both"].train()
+    space = supernet.space
+    architecture = space.sample(np.random.default_rng(2))
+    supernet.zero_grad()
+    outputs = supernet(images_of(2, 3, 64, 64), architecture)
+    sum(value.square().mean() for value in outputs.values()).backward()
+    in_width = space.stem_filters
+    for index, (spec, block) in enumerate(zip(space.blocks, architecture.blocks, strict=True)):
+        branch = supernet.backbone.blocks[index].branches[block.op]
+        own = (
+            space.in_filters(index).index(in_width),
+            spec.expand_ratios.index(block.expand_ratio),
+        )
+        hidden_bn = branch.depthwise_bn if block.op == "ibn" else branch.expand_bn
+        width = spec.filters.index(block.filters)
+        for layer, option in ((hidden_bn, own), (branch.project_bn, (width,))):
+            for gradient in (layer.weight.grad, layer.bias.grad):
+                used = gradient.abs().amax(-1) > 0
+                assert used[option]
+                assert used.sum() == 1
+        maps = branch.kernel_maps
+        assert set(maps) == {str(size) for size in spec.kernel_sizes[:-1]}
+        for size, beyond in maps.items():
+            is_used = beyond.grad is not None and bool(beyond.grad.any())
+            assert is_used == (block.kernel_size <= int(size))
+        in_width = block.filters
+    supernet.zero_grad()
+
+
+@pytest.mark.parametrize("name", ["ednas_tiny", "small", "both"])
 def test_every_parameter_of_a_derived_network_gets_a_gradient(supernets, name):
     supernet = supernets[name]
     network = derived_network(supernet, supernet.space.sample(np.random.default_rng(1))).train()
@@ -166,12 +267,12 @@ def alpha_loss(supernet: Network, alpha: ArchitectureParameters, images, *, hard
     return total
 
 
-@pytest.mark.parametrize("name", ["ednas_tiny", "ednas_b0"])
+@pytest.mark.parametrize("name", ["ednas_tiny", "ednas_b0", "both"])
 @pytest.mark.parametrize("hard", [False, True])
 def test_every_choice_gets_a_gradient_from_the_network(supernets, name, hard):
     supernet = supernets[name].train()
     alpha = random_alpha(supernet.space, 0, scale=0.1)
-    size = 64 if name == "ednas_tiny" else 96
+    size = 96 if name == "ednas_b0" else 64
     alpha_loss(supernet, alpha, images_of(2, 3, size, size), hard=hard, seed=0).backward()
     start = 0
     for choice in supernet.space.choices:
@@ -182,10 +283,13 @@ def test_every_choice_gets_a_gradient_from_the_network(supernets, name, hard):
         assert gradient.sum().abs() < 1e-3 * gradient.abs().sum() + 1e-12, choice.name
 
 
-@pytest.mark.parametrize("name", ["small", "ednas_tiny"])
-def test_the_gradient_of_alpha_agrees_with_finite_differences(name):
+@pytest.mark.parametrize(
+    ("name", "sharing"),
+    [("ednas_tiny", "shared"), *(("small", sharing) for sharing in SHARING)],
+)
+def test_the_gradient_of_alpha_agrees_with_finite_differences(name, sharing):
     space = SearchSpace.from_yaml(SMALL_SPACE) if name == "small" else ednas_tiny()
-    supernet = supernet_of(space).double().train()
+    supernet = supernet_of(space, sharing).double().train()
     # float64 alpha: the noise is drawn in float32 and is the same at each call.
     alpha = random_alpha(space, 2, scale=0.5).double()
     images = images_of(2, 3, 64, 64).double()

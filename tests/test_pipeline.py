@@ -17,8 +17,9 @@ from oneshot_ednas.architecture import Architecture
 from oneshot_ednas.cli.runs import reopen
 from oneshot_ednas.config import ExperimentConfig, load_config
 from oneshot_ednas.export.edgetpu import MAX_VERSIONS
+from oneshot_ednas.latency.operations import network_macs
 from oneshot_ednas.latency.table import LatencyTable
-from oneshot_ednas.pipeline import Run, run_all
+from oneshot_ednas.pipeline import OneShotRun, run_all
 from oneshot_ednas.ranking import rank_candidates
 from oneshot_ednas.run_folder import RunFiles
 from oneshot_ednas.schema import load_yaml, read_json
@@ -32,7 +33,9 @@ TIMED = ["search", "derive", *STAGES[1:], "evaluate"]
 
 def figures(results: dict) -> dict:
     """Results without what differs from run to run."""
-    return {key: value for key, value in results.items() if key not in ("seconds", "date")}
+    kept = {key: value for key, value in results.items() if key not in ("seconds", "date")}
+    macs = {key: value for key, value in results["cost"].items() if key.endswith("_macs")}
+    return kept | {"cost": macs}
 
 
 def same_checkpoints(one, other) -> bool:
@@ -91,6 +94,7 @@ def test_a_run_folder_reads_back_what_the_run_was_given(finished_run, project):
 def test_results_hold_the_named_figures(finished_run, tiny):
     results = read_json(finished_run / "results.json")
     architecture = Architecture.load(finished_run / "architecture.json")
+    assert results["method"] == "one_shot"
     assert results["target_ms"] == 5.0
     assert results["latency_ms"] <= 5.0
     assert results["is_inside_target"] is True
@@ -112,6 +116,20 @@ def test_results_hold_the_named_figures(finished_run, tiny):
     assert len(results["reward_per_seed"]) == 2
     assert results["reward"] == pytest.approx(sum(results["reward_per_seed"]) / 2)
     assert results["metrics_std"]["depth"]["absolute_error"] > 0
+    cost, seconds = results["cost"], results["seconds"]
+    assert cost["search_seconds"] == seconds["search"] + seconds["derive"]
+    assert cost["retrain_seconds"] == seconds["retrain.seed_0"] + seconds["retrain.seed_1"]
+    # Two seeds, five steps of four frames, three times the forward pass.
+    assert cost["retrain_macs"] == pytest.approx(results["gmacs"] * 1e9 * 2 * 5 * 4 * 3)
+    candidates = read_json(finished_run / "candidates.json")["candidates"]
+    search = reopen(finished_run, None).one_shot
+    # Two calibration batches of eight frames, five validation frames, forward only.
+    ranking = (2 * 8 + 5) * sum(
+        network_macs(tiny.space, Architecture.from_json(one["architecture"]), (32, 32), channels)
+        for one in candidates
+    )
+    assert cost["search_macs"] == pytest.approx(search.macs + ranking)
+    assert search.macs > 0
     base, random = results["baselines"]["base"], results["baselines"]["random"]
     assert base["architecture"] == str(tiny.space.base_architecture)
     assert base["latency_ms"] > 5.0
@@ -242,7 +260,7 @@ def test_the_printed_time_has_all_stages_in_it(own_copy, monkeypatch):
     def export(run):
         write_json(run.files.seconds, run.seconds | {"export": 5000.0})
 
-    monkeypatch.setattr(Run, "export", export)
+    monkeypatch.setattr(OneShotRun, "export", export)
     monkeypatch.setattr("oneshot_ednas.pipeline.write_report", lambda at, **_: at)
     text = good("evaluate", own_copy.files.folder).stdout
     seconds = sum(read_json(own_copy.files.seconds).values())
@@ -427,7 +445,7 @@ def test_a_reopened_run_needs_neither_the_space_nor_the_table_it_began_with(
     assert again.table.to_text() == (out / "latency_table.csv").read_text()
     assert again.table.name == "gone.csv"
     with pytest.raises(FileNotFoundError, match=r"gone\.yaml"):
-        Run(load_config(out / "config.yaml"), out)
+        OneShotRun(load_config(out / "config.yaml"), out)
 
 
 @pytest.mark.parametrize(

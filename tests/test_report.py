@@ -439,7 +439,7 @@ def panels(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> dict[str, Axes]:
         found.update({axes.get_title(loc="left"): axes for axes in figure.axes})
         return b""
 
-    monkeypatch.setattr("oneshot_ednas.report.plots._png", keep)
+    monkeypatch.setattr("oneshot_ednas.report.plots.to_png", keep)
     log = RunLog(run.log)
     search_plots(log, task_names=list(TASKS), target_ms=1.45, warmup_steps=60, max_entropy=27.0)
     candidates, front = run.candidates["candidates"], run.candidates["pareto_front"]

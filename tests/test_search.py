@@ -9,9 +9,12 @@ import signal
 import numpy as np
 import pytest
 import torch
-from tiny import CPU, FAST, TARGET_MS
+from tiny import CPU, FAST, SIZE, TARGET_MS
 
+from oneshot_ednas.config import load_config
 from oneshot_ednas.data.order import split_indices
+from oneshot_ednas.latency.operations import network_macs, relaxed_macs
+from oneshot_ednas.models.blocks import SharingConfig
 from oneshot_ednas.relaxation import largest_gates
 from oneshot_ednas.search import (
     LatencyLossConfig,
@@ -21,7 +24,7 @@ from oneshot_ednas.search import (
     resume_search,
 )
 from oneshot_ednas.store import load_checkpoint, previous_checkpoint, save_checkpoint
-from oneshot_ednas.training import Interrupted, LoopConfig
+from oneshot_ednas.training import Interrupted, LoopConfig, task_losses, weighted_sum
 
 OFTEN = LoopConfig(log_every=1, checkpoint_every=1)
 
@@ -157,12 +160,123 @@ def test_the_splits_of_a_config_are_disjoint_and_hold_every_frame():
     assert parts != split_indices(50, SearchConfig(steps=1, batch_size=1).splits, 8)
 
 
+def test_macs_are_those_of_every_network_that_was_run(tiny):
+    def cost(forward: int, frames: int) -> float:
+        return 3.0 * forward * frames  # forward, and backward to inputs and to weights
+
+    channels = {"segmentation": 10, "depth": 1}
+    relaxed = relaxed_macs(tiny.space, SIZE, channels)
+    for settings in ({}, {"sandwich": True, "num_paths": 2}, {"mode": "joint"}):
+        search = tiny.search(steps=3, warmup_fraction=0.34, **settings)
+        trained = []
+        original = search._count
+        search._count = lambda a, original=original, trained=trained: (
+            trained.append(a) or original(a)
+        )
+        search.take_step(0)
+        runs = 4 if "sandwich" in settings else 1
+        assert len(trained) == runs
+        expected = sum(cost(network_macs(tiny.space, a, SIZE, channels), 4) for a in trained)
+        assert search.macs == expected
+        search.take_step(1)
+        if "mode" in settings:
+            expected += cost(relaxed, 8)  # both batches at once
+        else:
+            assert len(trained) == 2 * runs
+            expected += cost(relaxed, 4)
+            for architecture in trained[runs:]:
+                expected += cost(network_macs(tiny.space, architecture, SIZE, channels), 4)
+        assert search.macs == expected
+
+
+def test_the_cost_of_a_checkpoint_that_did_not_count_is_unknown(tiny, tmp_path):
+    search, path = tiny.search(), tmp_path / "search.safetensors"
+    search.take_step(0)
+    save_checkpoint(path, search.state_dict())
+    other = tiny.search()
+    resume_search(other, path)
+    assert other.macs == search.macs > 0
+    state = search.state_dict()
+    del state["macs"]
+    save_checkpoint(path, state)
+    resume_search(other, path)
+    assert math.isnan(other.macs)
+    assert differences(search, other) == ["macs/"]
+
+
 # Architectures of weight steps --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_paths", [1, 3])
+def test_fair_paths_hold_every_option_equally_often(tiny, num_paths):
+    search = tiny.search(path_sampling="fair", num_paths=num_paths)
+    period = math.lcm(*(len(choice.options) for choice in tiny.space.choices))
+    steps = 6 * period
+    drawn = [path for step in range(steps) for path in search.sample_paths(step, uniform=True)]
+    assert len(drawn) == steps * num_paths
+    rows = np.array([tiny.space.encode(path) for path in drawn])
+    orders = set()
+    for position, choice in enumerate(tiny.space.choices):
+        count = len(choice.options)
+        deals = rows[:, position].reshape(-1, count)
+        assert (np.sort(deals, axis=1) == np.arange(count)).all(), choice.name
+        orders |= {(count, tuple(deal)) for deal in deals.tolist()}
+    assert len(orders) >= 6  # shuffled anew, not one order for all
+    again = tiny.search(path_sampling="fair", num_paths=num_paths)
+    assert again.sample_paths(5, uniform=True) == search.sample_paths(5, uniform=True)
+    other = tiny.search(path_sampling="fair", num_paths=num_paths, seed=1)
+    assert other.sample_paths(5, uniform=True) != search.sample_paths(5, uniform=True)
+
+
+def test_after_the_warm_up_the_uniform_share_is_dealt_fairly(tiny):
+    search = tiny.search(path_sampling="fair", exploration=1.0)
+    for step in range(4):
+        dealt = search.sample_paths(step, uniform=True)
+        assert search.sample_paths(step, uniform=False) == dealt
+    # Half the options come from the deal, half from an alpha that is sure of the first option.
+    search = tiny.search(path_sampling="fair", exploration=0.5)
+    with torch.no_grad():
+        search.alpha.logits[search.alpha.index[:, 0]] = 30.0
+    differs = total = 0
+    for step in range(200):
+        (path,) = search.sample_paths(step, uniform=False)
+        (dealt,) = search.sample_paths(step, uniform=True)
+        pairs = zip(tiny.space.encode(path), tiny.space.encode(dealt), strict=True)
+        for own, of_deal in pairs:
+            assert own in (0, of_deal)
+            if of_deal:
+                total, differs = total + 1, differs + (own == 0)
+    assert differs / total == pytest.approx(0.5, abs=0.05)
+
+
+def test_several_paths_move_the_weights_by_their_mean_gradient(tiny):
+    search = tiny.search(num_paths=3, optimizer=dataclasses.replace(FAST, clip_grad_norm=1e9))
+    paths = search.sample_paths(0, uniform=True)
+    assert len(set(paths)) == 3
+    assert tiny.search().sample_paths(0, uniform=True) == paths[:1]
+    gradients = []
+    for path in paths:
+        search.supernet.zero_grad()
+        batch = search._batch("weights", 0)
+        losses = task_losses(search.tasks, search.supernet(batch["image"], path), batch)
+        weighted_sum(search.tasks, losses).backward()
+        gradients.append(
+            {n: p.grad for n, p in search.supernet.named_parameters() if p.grad is not None}
+        )
+        for parameter in search.supernet.parameters():
+            parameter.grad = None
+    search._weight_step(0, uniform=True)
+    for name, parameter in search.supernet.named_parameters():
+        of_paths = [g[name] for g in gradients if name in g]
+        if not of_paths:
+            assert parameter.grad is None
+            continue
+        torch.testing.assert_close(parameter.grad, sum(of_paths) / 3, rtol=1e-4, atol=1e-6)
 
 
 def test_options_are_counted_as_they_are_trained(tiny):
     search = tiny.search(warmup_fraction=0.0)
-    drawn = [search.sample_path(step, uniform=False) for step in range(3)]
+    drawn = [search.sample_paths(step, uniform=False)[0] for step in range(3)]
     for step in range(3):
         search.take_step(step)
     start = 0
@@ -180,11 +294,11 @@ def test_paths_follow_alpha_except_for_the_exploration(tiny):
     rows = torch.tensor(tiny.space.encode(best)).view(-1, 1)
     with torch.no_grad():
         search.alpha.logits[search.alpha.index.gather(1, rows).view(-1)] = 30.0
-    assert {search.sample_path(step, uniform=False) for step in range(10)} == {best}
-    assert len({search.sample_path(step, uniform=True) for step in range(10)}) > 5
+    assert {search.sample_paths(step, uniform=False)[0] for step in range(10)} == {best}
+    assert len({search.sample_paths(step, uniform=True)[0] for step in range(10)}) > 5
     explorer = tiny.search(exploration=1.0)
     explorer.alpha.load_state_dict(search.alpha.state_dict())
-    assert len({explorer.sample_path(step, uniform=False) for step in range(10)}) > 5
+    assert len({explorer.sample_paths(step, uniform=False)[0] for step in range(10)}) > 5
 
 
 def test_the_sandwich_s_extremes_keep_the_ops_of_the_path(tiny):
@@ -338,6 +452,8 @@ MODES = {
     "alternating": {},
     "joint": {"mode": "joint", "latency": LatencyLossConfig(schedule="ramp")},
     "sandwich": {"sandwich": True, "distillation": True, "alpha_every": 2},
+    "fair": {"path_sampling": "fair", "num_paths": 2},
+    "own": {"sharing": SharingConfig(bn_affine="per_width", kernel_transform=True)},
 }
 
 
@@ -448,7 +564,7 @@ def test_a_damaged_checkpoint_is_refused_with_a_cure(tiny, tmp_path):
 def test_a_loss_that_is_not_finite_stops_and_the_last_checkpoint_stays(tiny, tmp_path):
     search = tiny.search(steps=6, loop=OFTEN)
     path, take_step = tmp_path / "search.safetensors", search.take_step
-    drawn = search.sample_path(3, uniform=False)
+    drawn = search.sample_paths(3, uniform=False)[0]
 
     def poisoned(step):
         if step == 3:
@@ -584,8 +700,10 @@ def test_a_search_writes_its_log_and_the_text_of_the_bar(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"steps": 0}, "steps, batch_size and alpha_every of at least 1, got 0, 4 and 1"),
-        ({"alpha_every": 0}, "alpha_every of at least 1"),
+        ({"steps": 0}, "steps: expected at least 1, got 0"),
+        ({"alpha_every": 0}, "alpha_every: expected at least 1, got 0"),
+        ({"num_paths": 0}, "num_paths: expected at least 1, got 0"),
+        ({"num_paths": 2, "mode": "joint"}, "sandwich, distillation, num_paths and alpha_every"),
         ({"warmup_fraction": 1.0}, "warmup_fraction in 0..1"),
         ({"exploration": 1.5}, "exploration in 0..1"),
         ({"alpha_learning_rate": 0.0}, "alpha_learning_rate > 0"),
@@ -597,6 +715,19 @@ def test_a_search_writes_its_log_and_the_text_of_the_bar(tiny, tmp_path):
 def test_settings_out_of_range_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         SearchConfig(**({"steps": 4, "batch_size": 4, "optimizer": FAST} | settings))
+
+
+def test_a_config_says_what_the_supernet_shares(project, tiny):
+    overrides = ["search.sharing.bn_affine=per_width", "search.sharing.kernel_transform=true"]
+    config = load_config(project / "config.yaml", overrides).search
+    search = tiny.search(sharing=config.sharing)
+    names = search.supernet.state_dict()
+    assert "backbone.blocks.1.branches.ibn.kernel_maps.3" in names
+    assert names["backbone.blocks.1.branches.ibn.project_bn.weight"].dim() == 2
+    with pytest.raises(ValueError, match="the checkpoint is of another network"):
+        search.load_state_dict(tiny.search().state_dict())
+    with pytest.raises(ValueError, match="bn_affine"):
+        load_config(project / "config.yaml", ["search.sharing.bn_affine=per_block"])
 
 
 def test_latency_weights_below_zero_are_refused():

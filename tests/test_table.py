@@ -30,7 +30,8 @@ from oneshot_ednas.latency.operations import (
 )
 from oneshot_ednas.latency.table import LatencyTable, TableHeader, TableRow
 from oneshot_ednas.models.backbone import Backbone
-from oneshot_ednas.models.blocks import ConvBN, ElasticBlock, SeparableConv
+from oneshot_ednas.models.blocks import ElasticBlock
+from oneshot_ednas.models.layers import ConvBN, SeparableConv
 from oneshot_ednas.models.network import Network, build_network
 from oneshot_ednas.space import SearchSpace, ednas_b0, ednas_tiny
 

@@ -16,7 +16,7 @@ from oneshot_ednas.export.flatbuffer import write_tflite
 from oneshot_ednas.export.graph import Add, Conv, Graph, Pool, Resize, trace
 from oneshot_ednas.export.quantize import same_padding
 from oneshot_ednas.export.runtime import TfliteNetwork
-from oneshot_ednas.models.blocks import SeparableConv
+from oneshot_ednas.models.layers import SeparableConv
 
 pytestmark = pytest.mark.tensorflow
 

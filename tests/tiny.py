@@ -10,7 +10,7 @@ from oneshot_ednas.config import load_config
 from oneshot_ednas.data.packed import PackedSplit, streets_split
 from oneshot_ednas.data.transforms import AugmentConfig
 from oneshot_ednas.latency.table import LatencyTable
-from oneshot_ednas.pipeline import Run, run_all
+from oneshot_ednas.pipeline import OneShotRun, run_all
 from oneshot_ednas.search import OneShotSearch, SearchConfig
 from oneshot_ednas.space import SearchSpace
 from oneshot_ednas.tasks import Task, TaskConfig, make_tasks
@@ -104,9 +104,9 @@ def write_project(folder: Path, table: LatencyTable) -> Path:
     return folder
 
 
-def new_run(project: Path, out: Path, *, overrides=(), resume: bool = False) -> Run:
+def new_run(project: Path, out: Path, *, overrides=(), resume: bool = False) -> OneShotRun:
     path = project / "config.yaml"
-    run = Run(load_config(path, overrides), out)
+    run = OneShotRun(load_config(path, overrides), out)
     run.open(resume=resume)
     return run
 

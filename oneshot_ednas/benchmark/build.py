@@ -1,11 +1,12 @@
 """Building a benchmark: stratified architectures, trained one job at a time, resumable."""
 
 import datetime
-import json
-from concurrent.futures import as_completed
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from oneshot_ednas.architecture import Architecture
 from oneshot_ednas.benchmark.stratify import stratified_sample
@@ -13,8 +14,9 @@ from oneshot_ednas.benchmark.table import Benchmark, Entry, Training
 from oneshot_ednas.config import what_defines
 from oneshot_ednas.run_folder import Experiment, versions
 from oneshot_ednas.schema import to_plain
-from oneshot_ednas.store import write_text
+from oneshot_ednas.store import append_json_line, read_json_lines
 from oneshot_ednas.training import Interrupted, numpy_generator, progress_bar
+from oneshot_ednas.trial import Outcome
 from oneshot_ednas.trial_job import run_trial
 from oneshot_ednas.workers import Workers
 
@@ -31,6 +33,8 @@ class Study:
     """The stand-alone trainings of a config, kept in a run folder."""
 
     experiment: Experiment
+    given: Mapping[Job, Training] = field(default_factory=dict)
+    """Trainings that a benchmark has already, see `given_by`."""
 
     @property
     def trainings_path(self) -> Path:
@@ -71,19 +75,13 @@ class Study:
         Raises:
             Interrupted: after Ctrl-C; finished trainings are kept.
             RuntimeError: if a training fails; those finished before are kept.
+            ValueError: if the file of finished ones is damaged.
         """
         jobs, done = self.jobs(), self.finished()
         left = [job for job in jobs if job not in done]
-        folder = self.experiment.files.folder
         try:
             with progress_bar("trainings", len(jobs), len(jobs) - len(left)) as advance:
-                futures = {
-                    workers.executor.submit(run_trial, folder, *job, self.scored_steps(), True): job
-                    for job in left
-                }
-                for future in as_completed(futures):
-                    job = futures[future]
-                    outcome = future.result()
+                for job, outcome in self._outcomes(left, workers):
                     training = Training(
                         seed=job.seed,
                         cpu_seconds=outcome.cpu_seconds,
@@ -93,45 +91,34 @@ class Study:
                     self._keep(job, training)
                     advance()
         except KeyboardInterrupt:
-            raise Interrupted(
-                f"stopped with {len(self.finished())} of {len(jobs)} trainings finished"
-            ) from None
+            done = self.finished()
+            count = sum(job in done for job in jobs)
+            raise Interrupted(f"stopped with {count} of {len(jobs)} trainings finished") from None
+
+    def _outcomes(self, jobs: Sequence[Job], workers: Workers) -> Iterator[tuple[Job, Outcome]]:
+        """Outcomes as they come; no more is submitted than runs, so that each is kept at once."""
+        folder, left = self.experiment.files.folder, iter(jobs)
+        running: dict[Future[Outcome], Job] = {}
+        while True:
+            for job in islice(left, workers.count - len(running)):
+                future = workers.executor.submit(run_trial, folder, *job, self.scored_steps(), True)
+                running[future] = job
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                yield running.pop(future), future.result()
 
     def finished(self) -> dict[Job, Training]:
-        """Finished trainings.
+        """Finished trainings, and those given.
 
         Raises:
-            ValueError: if a line of the file is damaged, other than the last.
+            ValueError: if a line of the file is damaged, other than a last one cut short.
         """
-        if not self.trainings_path.exists():
-            return {}
-        lines = self.trainings_path.read_text(encoding="utf-8").split("\n")
-        found = {}
-        # What follows the last line end was torn by a crash: that training is done again.
-        for number, line in enumerate(lines[:-1], start=1):
-            try:
-                row = json.loads(line)
-                job = Job(Architecture.from_short(row["architecture"]), row["seed"])
-                curve = {int(step): metrics for step, metrics in row["curve"].items()}
-                found[job] = Training(
-                    seed=job.seed,
-                    cpu_seconds=row["cpu_seconds"],
-                    curve=curve,
-                    test_metrics=row["test_metrics"],
-                )
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{self.trainings_path}:{number}: damaged: {error}") from None
-        return found
+        return {**self.given, **dict(read_json_lines(self.trainings_path, _read_line))}
 
     def _keep(self, job: Job, training: Training) -> None:
         row = {"architecture": str(job.architecture), **asdict(training)}
-        text = json.dumps(row) + "\n"
-        if self.trainings_path.exists():
-            held = self.trainings_path.read_text(encoding="utf-8")
-            if held and not held.endswith("\n"):
-                write_text(self.trainings_path, held[: held.rfind("\n") + 1])
-        with self.trainings_path.open("a", encoding="utf-8") as file:
-            file.write(text)
+        append_json_line(self.trainings_path, row)
 
     def benchmark(self, command: str) -> Benchmark:
         """The benchmark of the finished trainings.
@@ -165,3 +152,63 @@ class Study:
                 for architecture, found in trainings.items()
             ),
         )
+
+
+def _read_line(row: Mapping[str, Any]) -> tuple[Job, Training]:
+    job = Job(Architecture.from_short(row["architecture"]), row["seed"])
+    training = Training(
+        seed=job.seed,
+        cpu_seconds=row["cpu_seconds"],
+        curve={int(step): metrics for step, metrics in row["curve"].items()},
+        test_metrics=row["test_metrics"],
+    )
+    return job, training
+
+
+def given_by(benchmark: Benchmark, experiment: Experiment) -> dict[Job, Training]:
+    """Trainings of a benchmark that are what a study of this experiment would do itself.
+
+    Raises:
+        ValueError: if the benchmark was trained in another way, naming the keys.
+    """
+    now = to_plain(what_defines(experiment.config))
+    differing = [] if benchmark.space == experiment.space else ["space"]
+    for part in TRAINED_WITH:
+        differing += _differing(_at(benchmark.config, part), _at(now, part), part)
+    if differing:
+        raise ValueError(
+            f"the benchmark's trainings were made with other settings: {', '.join(differing)}; "
+            f"use the config that made it, or do without it"
+        )
+    return {
+        Job(entry.architecture, training.seed): training
+        for entry in benchmark.entries
+        for training in entry.trainings
+    }
+
+
+TRAINED_WITH = ("seed", "data", "tasks", "retrain", "search.splits", "multi_trial.steps")
+"""Keys of the config that a trial's result depends on, besides the space."""
+NOT_OF_TRIALS = ("retrain.steps", "retrain.num_seeds", "retrain.loop")
+"""Those under them that it does not."""
+
+
+def _at(config: Mapping[str, Any], key: str) -> Any:
+    value: Any = config
+    for word in key.split("."):
+        value = value[word]
+    return value
+
+
+def _differing(stored: object, now: object, where: str) -> Iterator[str]:
+    """Dotted keys of what was stored that are not so now; a new key stands for its default."""
+    if where in NOT_OF_TRIALS:
+        return
+    if isinstance(stored, dict) and isinstance(now, dict):
+        for key, value in stored.items():
+            yield from _differing(value, now.get(key), f"{where}.{key}")
+        # Tasks and splits have no default.
+        if where in ("tasks", "search.splits"):
+            yield from (f"{where}.{key}" for key in now if key not in stored)
+    elif stored != now:
+        yield where

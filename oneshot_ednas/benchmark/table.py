@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from oneshot_ednas.architecture import Architecture
-from oneshot_ednas.schema import read_json
+from oneshot_ednas.schema import parse_yaml, read_json
 from oneshot_ednas.space import SearchSpace
 from oneshot_ednas.store import write_text
+from oneshot_ednas.tasks import Task, TaskConfig, make_tasks
 from oneshot_ednas.training import Metrics
 
 FORMAT = 1
@@ -47,6 +48,13 @@ class Entry:
 
 
 @dataclass(frozen=True, kw_only=True)
+class _TasksOfConfig:
+    """What is read of the config: the rest may be of another version."""
+
+    tasks: dict[str, TaskConfig]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Benchmark:
     """Trainings of many architectures of one space, all made in the same way."""
 
@@ -61,6 +69,22 @@ class Benchmark:
     def steps(self) -> int:
         """Steps of every training."""
         return int(self.config["multi_trial"]["steps"])
+
+    @property
+    def batch_size(self) -> int:
+        """Frames per step."""
+        return int(self.config["retrain"]["batch_size"])
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width."""
+        return int(self.config["data"]["height"]), int(self.config["data"]["width"])
+
+    @cached_property
+    def tasks(self) -> dict[str, Task]:
+        """The tasks that were trained."""
+        held = json.dumps({"tasks": self.config["tasks"]})
+        return make_tasks(parse_yaml(held, _TasksOfConfig, source="config").tasks)
 
     @cached_property
     def repeated(self) -> tuple[Entry, ...]:
@@ -153,6 +177,6 @@ def _read_entry(
         )
         for one in row["trainings"]
     )
-    if not trainings:
-        raise ValueError(f"{where}: has no training")
+    if not trainings or not all(training.curve for training in trainings):
+        raise ValueError(f"{where}: has no training, or one without a figure")
     return Entry(architecture=architecture, trainings=trainings)

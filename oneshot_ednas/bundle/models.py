@@ -15,14 +15,8 @@ from oneshot_ednas.bundle.manifest import Layout
 from oneshot_ednas.export.calibration import Ranges
 from oneshot_ednas.export.graph import Add, Conv, Graph, Op, Shape, trace
 from oneshot_ednas.latency.operations import Operation
-from oneshot_ednas.models.blocks import (
-    BN_MOMENTUM,
-    BRANCHES,
-    ConvBN,
-    ElasticBatchNorm,
-    ElasticBlock,
-    SeparableConv,
-)
+from oneshot_ednas.models.blocks import BRANCHES, ElasticBlock
+from oneshot_ednas.models.layers import BN_MOMENTUM, ConvBN, ElasticBatchNorm, SeparableConv
 from oneshot_ednas.space import BlockSpec
 
 

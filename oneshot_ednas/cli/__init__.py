@@ -4,7 +4,7 @@ Exit status: 0 on success, 1 for a failure inside, 2 for bad input (one clear li
 stopped by the user.
 """
 
-from oneshot_ednas.cli import describe, export, latency, runs, study
+from oneshot_ednas.cli import compare, describe, export, latency, multi_trial, runs, study
 from oneshot_ednas.cli.common import main
 
-__all__ = ["describe", "export", "latency", "main", "runs", "study"]
+__all__ = ["compare", "describe", "export", "latency", "main", "multi_trial", "runs", "study"]

@@ -86,7 +86,11 @@ set_option = click.option(
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 workers_option = click.option(
-    "--workers", default="1", show_default=True, metavar="N", help="Trainings at a time."
+    "--workers",
+    default="1",
+    show_default=True,
+    metavar="N|ray[:N]",
+    help="Trainings at a time: in N processes, or as Ray tasks.",
 )
 resume_option = click.option("--resume", is_flag=True, help="Go on with the run in the folder.")
 

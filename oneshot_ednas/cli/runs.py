@@ -21,7 +21,7 @@ from oneshot_ednas.cli.common import (
     with_data,
 )
 from oneshot_ednas.config import load_config
-from oneshot_ednas.pipeline import Run, finish, run_all
+from oneshot_ednas.pipeline import OneShotRun, Run, run_all, run_class
 from oneshot_ednas.run_folder import RunFiles
 from oneshot_ednas.schema import find_file, read_json
 
@@ -52,11 +52,14 @@ def run(
 ) -> None:
     """Search, derive, retrain, evaluate and report.
 
+    With method: evolution or random in the config, trials take the place of the supernet, as in
+    evolve.
+
     Example: oneshot-ednas run configs/demo.yaml --out runs/demo
     """
     overrides = _with_consent(overrides, is_given=allow_uncalibrated)
     one = _start(config, out, data, overrides, resume=resume)
-    _print_results(run_all(one), out, as_json=as_json)
+    print_results(run_all(one), out, as_json=as_json)
 
 
 @main.command()
@@ -76,7 +79,7 @@ def demo(out: Path, resume: bool, as_json: bool) -> None:
     Example: oneshot-ednas demo --out runs/demo
     """
     one = _start("configs/demo.yaml", out, None, (), resume=resume)
-    _print_results(run_all(one), out, as_json=as_json)
+    print_results(run_all(one), out, as_json=as_json)
 
 
 @main.command()
@@ -108,11 +111,11 @@ def search(
                 "a run folder keeps its config: --out, --set and --allow-uncalibrated are for a "
                 "new run"
             )
-        one = reopen(Path(config_or_run), data)
+        one = _one_shot(reopen(Path(config_or_run), data))
     elif out is None:
         raise ValueError("search from a config needs --out DIR")
     else:
-        one = _start(config_or_run, out, data, overrides, resume=resume)
+        one = _one_shot(_start(config_or_run, out, data, overrides, resume=resume))
     one.search()
     _print_stage(one, "search", as_json=as_json)
 
@@ -126,9 +129,9 @@ def _stage(name: str, help_text: str) -> None:
     def command(run_folder: Path, data: Path | None, as_json: bool) -> None:
         one = reopen(run_folder, data)
         if name == "evaluate":
-            _print_results(finish(one), run_folder, as_json=as_json)
+            print_results(one.finish(), run_folder, as_json=as_json)
         else:
-            getattr(one, name)()
+            getattr(one if name == "retrain" else _one_shot(one), name)()
             _print_stage(one, name, as_json=as_json)
 
 
@@ -144,10 +147,24 @@ def _with_consent(overrides: tuple[str, ...], *, is_given: bool) -> tuple[str, .
 def _start(
     config: str, out: Path, data: Path | None, overrides: tuple[str, ...], *, resume: bool
 ) -> Run:
-    path = find_file(config)
-    one = Run(with_data(load_config(path, overrides), data), out)
+    settings = with_data(load_config(find_file(config), overrides), data)
+    one = run_class(settings)(settings, out)
     one.open(resume=resume)
     return one
+
+
+def _one_shot(run: Run) -> OneShotRun:
+    """The run, of which stages of a supernet are asked for.
+
+    Raises:
+        ValueError: if it has no supernet.
+    """
+    if not isinstance(run, OneShotRun):
+        raise ValueError(
+            f"{run.files.folder} is a run of method {run.config.method}, without a supernet; use "
+            f"oneshot-ednas evolve"
+        )
+    return run
 
 
 def reopen(folder: Path, data: Path | None) -> Run:
@@ -155,12 +172,18 @@ def reopen(folder: Path, data: Path | None) -> Run:
 
     Raises:
         FileNotFoundError: if it is no run folder, or lacks its space or table.
-        ValueError: if the data that the run began with has changed.
+        ValueError: if the data that the run began with has changed, or it trains no networks.
     """
-    path = RunFiles(folder).config
-    if not path.is_file():
+    files = RunFiles(folder)
+    if not files.config.is_file():
         raise FileNotFoundError(f"{folder} is no run folder: it has no config.yaml")
-    one = Run(with_data(load_config(path), data), folder, is_reopened=True)
+    if files.data.is_file() and "benchmark" in read_json(files.data):
+        raise ValueError(
+            f"{folder} is a search on a benchmark, which trains no networks; see its results.json, "
+            f"or go on with oneshot-ednas evolve --benchmark --resume"
+        )
+    config = with_data(load_config(files.config), data)
+    one = run_class(config)(config, folder, is_reopened=True)
     one.open(resume=True)
     return one
 
@@ -173,6 +196,7 @@ def _print_stage(one: Run, name: str, *, as_json: bool) -> None:
         "target_ms": one.target_ms,
     }
     if name == "search":
+        one = _one_shot(one)
         figures["steps"] = one.one_shot.step
         figures["expected_latency_ms"] = float(one.one_shot.expected_latency().detach())
         figures["alarms"] = one.one_shot.alarms()
@@ -201,7 +225,8 @@ def _shown(value: Any) -> str:
     return f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
-def _print_results(results: Mapping[str, Any], folder: Path, *, as_json: bool) -> None:
+def print_results(results: Mapping[str, Any], folder: Path, *, as_json: bool) -> None:
+    """The results of a run as a table, or as one JSON object."""
     if as_json:
         print(json.dumps(results))
         return
@@ -212,7 +237,8 @@ def _print_results(results: Mapping[str, Any], folder: Path, *, as_json: bool) -
     shown = [c for c in columns if c[1] not in DETAILS]
     for task, name in shown:
         table.add_column(f"{task}\n{name}", justify="right")
-    rows = {"derived": results, **results["baselines"]}
+    name = "derived" if results["method"] == "one_shot" else "best trial"
+    rows = {name: results, **results["baselines"]}
     for name, row in rows.items():
         table.add_row(
             name,
@@ -226,8 +252,9 @@ def _print_results(results: Mapping[str, Any], folder: Path, *, as_json: bool) -
     console().print(table)
     # Those in the results end with the evaluation.
     seconds = sum(read_json(RunFiles(folder).seconds).values())
+    written = folder / ("report.html" if results["method"] == "one_shot" else "results.json")
     print(f"architecture: {results['architecture']}")
-    print(f"{seconds:.0f} s in all; report: {folder / 'report.html'}")
+    print(f"{seconds:.0f} s in all; {written.stem}: {written}")
 
 
 DETAILS = ("rmse", "delta_1", "delta_2", "delta_3", "within_22", "within_30")

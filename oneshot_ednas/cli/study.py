@@ -1,4 +1,4 @@
-"""Commands on studies: the tabular benchmark."""
+"""Commands on studies: the tabular benchmark, and rank correlation."""
 
 import json
 import shlex
@@ -6,10 +6,13 @@ import sys
 from pathlib import Path
 
 import click
+from rich.table import Table
 
-from oneshot_ednas.benchmark.build import Study
+from oneshot_ednas.benchmark.build import Study, given_by
+from oneshot_ednas.benchmark.table import Benchmark
 from oneshot_ednas.cli.common import (
     bad_input,
+    console,
     data_option,
     json_option,
     main,
@@ -20,7 +23,15 @@ from oneshot_ednas.cli.common import (
     workers_option,
 )
 from oneshot_ednas.config import load_config
-from oneshot_ednas.run_folder import Experiment
+from oneshot_ednas.rank_study import (
+    correlation_rows,
+    open_search,
+    rank_results,
+    supernet_scores,
+    write_rank,
+)
+from oneshot_ednas.run_folder import Experiment, RunFiles
+from oneshot_ednas.schema import find_file
 from oneshot_ednas.workers import open_workers
 
 
@@ -46,10 +57,88 @@ def benchmark(
 
     Example: oneshot-ednas benchmark configs/benchmark_streets_tiny.yaml --out runs/benchmark
     """
-    experiment = Experiment(with_data(load_config(Path(config), overrides), data), out)
+    experiment = Experiment(with_data(load_config(find_file(config), overrides), data), out)
     with open_workers(workers) as pool:
         experiment.open(resume=resume)
         study = Study(experiment)
         study.run(pool)
-    study.benchmark(shlex.join(["oneshot-ednas", *sys.argv[1:]])).save(study.benchmark_path)
+    study.benchmark(_command()).save(study.benchmark_path)
     print(json.dumps({"benchmark": str(study.benchmark_path)}) if as_json else study.benchmark_path)
+
+
+@main.command()
+@click.argument("config")
+@click.option(
+    "--run",
+    "run_folder",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Run folder of a search; only read.",
+)
+@out_option
+@click.option(
+    "--benchmark",
+    "benchmark_file",
+    type=click.Path(path_type=Path),
+    help="Benchmark file with stand-alone trainings that need not be done again.",
+)
+@data_option
+@set_option
+@workers_option
+@resume_option
+@json_option
+@bad_input
+def rank(
+    config: str,
+    run_folder: Path,
+    out: Path,
+    benchmark_file: Path | None,
+    data: Path | None,
+    overrides: tuple[str, ...],
+    workers: str,
+    resume: bool,
+    as_json: bool,
+) -> None:
+    """Compare how a supernet ranks architectures with how stand-alone training ranks them.
+
+    Example: oneshot-ednas rank configs/benchmark_streets_tiny.yaml --run runs/search --out
+    runs/rank --benchmark runs/benchmark/benchmark.json
+    """
+    experiment = Experiment(with_data(load_config(find_file(config), overrides), data), out)
+    given = {}
+    if benchmark_file is not None:
+        given = given_by(Benchmark.load(benchmark_file), experiment)
+    search = open_search(experiment, run_folder)
+    with open_workers(workers) as pool:
+        experiment.open(resume=resume)
+        study = Study(experiment, given)
+        study.run(pool)
+    trained = study.benchmark(_command())
+    trained.save(study.benchmark_path)  # so that a next supernet needs no training
+    scores = supernet_scores(
+        search,
+        experiment,
+        [entry.architecture for entry in trained.entries],
+        checkpoint=RunFiles(run_folder).checkpoint("search"),
+    )
+    results = {
+        "run": str(run_folder),
+        "search_step": search.step,
+        "search_steps": search.config.steps,
+        "benchmark": None if benchmark_file is None else benchmark_file.name,
+        **rank_results(trained, scores, experiment),
+    }
+    write_rank(results, out)
+    if as_json:
+        print(json.dumps(results))
+        return
+    header, *rows = correlation_rows(results)
+    table = Table(*header, title=f"{len(trained.entries)} architectures, 95 % intervals")
+    for row in rows:
+        table.add_row(*row)
+    console().print(table)
+    print(f"search step {search.step} of {search.config.steps}; more in {out / 'rank.md'}")
+
+
+def _command() -> str:
+    return shlex.join(["oneshot-ednas", *sys.argv[1:]])

@@ -1,10 +1,13 @@
 """Stem and elastic blocks: images to the features of the tapped levels."""
 
+from typing import cast
+
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from oneshot_ednas.architecture import Architecture
-from oneshot_ednas.models.blocks import ConvBN, ElasticBlock
+from oneshot_ednas.models.blocks import ElasticBlock, SharingConfig
+from oneshot_ednas.models.layers import ConvBN
 from oneshot_ednas.relaxation import Gates
 from oneshot_ednas.space import SearchSpace
 
@@ -12,12 +15,14 @@ from oneshot_ednas.space import SearchSpace
 class Backbone(nn.Module):
     """The searched part of the network."""
 
-    def __init__(self, space: SearchSpace, *, momentum: float) -> None:
+    def __init__(
+        self, space: SearchSpace, *, momentum: float, sharing: SharingConfig = SharingConfig()
+    ) -> None:
         super().__init__()
         self.tap_blocks = space.fusion.tap_blocks
         self.stem = ConvBN(3, space.stem_filters, kernel_size=3, stride=2, momentum=momentum)
         self.blocks = nn.ModuleList(
-            ElasticBlock(spec, space.in_filters(index), momentum=momentum)
+            ElasticBlock(spec, space.in_filters(index), momentum=momentum, sharing=sharing)
             for index, spec in enumerate(space.blocks)
         )
 
@@ -43,3 +48,12 @@ class Backbone(nn.Module):
             if number in self.tap_blocks:
                 taps.append(x)
         return taps
+
+    def own_weights(self, architecture: Architecture) -> dict[str, Tensor]:
+        """By name, what an architecture has that is no leading part of the tensor of that name."""
+        found, in_filters = dict[str, Tensor](), self.stem.weight.shape[0]
+        for index, block in enumerate(architecture.blocks):
+            own = cast(ElasticBlock, self.blocks[index]).own_weights(in_filters, block)
+            found |= {f"blocks.{index}.{name}": tensor for name, tensor in own.items()}
+            in_filters = block.filters
+        return found

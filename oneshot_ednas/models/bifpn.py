@@ -7,7 +7,7 @@ as in EDNAS (Vu et al., WACV 2023, section 3.1).
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from oneshot_ednas.models.blocks import ConvBN, SeparableConv
+from oneshot_ednas.models.layers import ConvBN, SeparableConv
 from oneshot_ednas.space import SearchSpace
 
 

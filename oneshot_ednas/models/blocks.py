@@ -8,9 +8,9 @@ Source: superkernels after Single-Path NAS (Stamoulis et al., 2019) and channel 
 FBNetV2 (Wan et al., CVPR 2020); the blocks of EDNAS (Vu et al., WACV 2023), figure 4.
 """
 
-import math
 from collections.abc import Sequence
-from typing import cast
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,142 +18,121 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from oneshot_ednas.architecture import BlockArchitecture
+from oneshot_ednas.models.layers import (
+    BNOption,
+    ElasticBatchNorm,
+    centre,
+    conv_same,
+    conv_weight,
+)
 from oneshot_ednas.relaxation import BlockGates
 from oneshot_ednas.space import BlockSpec
 
-BN_EPS = 1e-3
-"""As in EfficientNet."""
-BN_MOMENTUM = 0.1
+
+@dataclass(frozen=True, kw_only=True)
+class SharingConfig:
+    """What the options of a supernet's block share besides leading channels and kernel centres."""
+
+    bn_affine: Literal["shared", "per_width"] = "shared"
+    """Scale and shift of a block's BN layers: one set whose leading channels serve all widths, or
+    one per out-width and, for hidden channels, per in-width and expansion.
+    Source: switchable BN of Slimmable Neural Networks (Yu et al., ICLR 2019), whose statistics
+    need no switch here, since they are those of the batch or recomputed per architecture."""
+    kernel_transform: bool = False
+    """Whether a smaller kernel is a learned linear map of the next larger one's centre, one map
+    per block, op and size, the identity at the start.
+    Source: Once-for-All (Cai et al., ICLR 2020, section 3.2), for depthwise kernels. Fused-IBN
+    gets it too: the taps of its centre serve two sizes just as well, and a map over taps alone
+    costs next to nothing beside the convolution."""
 
 
-def pad_same(
-    x: Float[Tensor, "batch channels height width"], kernel_size: int, stride: int
-) -> Tensor:
-    """Zero padding as TensorFlow's SAME: the output has ceil(size / stride) pixels.
+class Mixture(NamedTuple):
+    """The gates of a block as its branches use them."""
 
-    torch's symmetric padding differs from it at stride 2 and would leave a PAD op in the export.
-    """
-
-    def before_after(size: int) -> tuple[int, int]:
-        total = max((math.ceil(size / stride) - 1) * stride + kernel_size - size, 0)
-        return total // 2, total - total // 2
-
-    top, bottom = before_after(int(x.shape[2]))
-    left, right = before_after(int(x.shape[3]))
-    return F.pad(x, (left, right, top, bottom))
-
-
-class ElasticBatchNorm(nn.Module):
-    """Batch normalisation of the leading channels that come in.
-
-    A supernet uses batch statistics while it trains and keeps no running ones (`momentum` 0),
-    since they would mix architectures; a derived network is an ordinary BN.
-    """
-
-    def __init__(self, channels: int, *, momentum: float) -> None:
-        super().__init__()
-        self.momentum = momentum
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-        self.running_mean: Tensor
-        self.running_var: Tensor
-        self.register_buffer("running_mean", torch.zeros(channels))
-        self.register_buffer("running_var", torch.ones(channels))
-
-    def forward(
-        self, x: Float[Tensor, "batch channels height width"]
-    ) -> Float[Tensor, "batch channels height width"]:
-        """Normalise; in training mode by the batch, otherwise by the running statistics."""
-        c = x.shape[1]
-        update = self.training and self.momentum > 0
-        return F.batch_norm(
-            x,
-            self.running_mean[:c] if update or not self.training else None,
-            self.running_var[:c] if update or not self.training else None,
-            self.weight[:c],
-            self.bias[:c],
-            training=self.training,
-            momentum=self.momentum,
-            eps=BN_EPS,
-        )
-
-
-def conv_weight(*shape: int) -> nn.Parameter:
-    """Convolution weights drawn by He's rule over the fan-out."""
-    weight = torch.empty(*shape)
-    # A depthwise kernel's fan-out is its area: kaiming_normal_ would divide by the channels too.
-    fan_out = shape[2] * shape[3] * (1 if shape[1] == 1 else shape[0])
-    nn.init.normal_(weight, std=math.sqrt(2.0 / fan_out))
-    return nn.Parameter(weight)
-
-
-class ConvBN(nn.Module):
-    """1x1 or SAME-padded convolution of fixed width over the input's leading channels, with BN."""
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        *,
-        kernel_size: int = 1,
-        stride: int = 1,
-        use_relu6: bool = True,
-        momentum: float = BN_MOMENTUM,
-    ) -> None:
-        super().__init__()
-        self.stride, self.use_relu6 = stride, use_relu6
-        self.weight = conv_weight(out_channels, in_channels, kernel_size, kernel_size)
-        self.bn = ElasticBatchNorm(out_channels, momentum=momentum)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Convolve, normalise and, if wished, clip to 0..6."""
-        y = self.bn(conv_same(x, self.weight[:, : x.shape[1]], self.stride))
-        return F.relu6(y) if self.use_relu6 else y
-
-
-class SeparableConv(nn.Module):
-    """Depthwise 3x3, then 1x1 with BN and, if wished, ReLU6."""
-
-    def __init__(
-        self, in_channels: int, out_channels: int, *, use_relu6: bool, momentum: float
-    ) -> None:
-        super().__init__()
-        self.depthwise = conv_weight(in_channels, 1, 3, 3)
-        self.pointwise = ConvBN(in_channels, out_channels, use_relu6=use_relu6, momentum=momentum)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Same size, `out_channels` channels."""
-        return self.pointwise(conv_same(x, self.depthwise, 1, depthwise=True))
-
-
-def conv_same(x: Tensor, weight: Tensor, stride: int, *, depthwise: bool = False) -> Tensor:
-    """Convolution with TensorFlow's SAME padding; `depthwise` keeps the channels apart."""
-    kernel_size = int(weight.shape[2])  # a tensor while torch.jit traces
-    groups = x.shape[1] if depthwise else 1
-    if stride == 1:
-        return F.conv2d(x, weight, padding=kernel_size // 2, groups=groups)
-    return F.conv2d(pad_same(x, kernel_size, stride), weight, stride=stride, groups=groups)
-
-
-def centre(weight: Tensor, kernel_size: int) -> Tensor:
-    """The middle `kernel_size` x `kernel_size` of a convolution's weights."""
-    margin = (weight.shape[2] - kernel_size) // 2
-    end = weight.shape[2] - margin
-    return weight[:, :, margin:end, margin:end]
+    kernel_size: Tensor
+    """`[kernel sizes]`"""
+    kernel_mask: Tensor
+    """`[side, side]`: per tap, the sum of the gates of the kernels that have it."""
+    hidden: Tensor
+    """`[in-widths, expansions]`"""
+    hidden_mask: Tensor
+    """`[channels, 1, 1]`: per hidden channel, the sum of the gates of the options that have it."""
+    filters: Tensor
+    """`[out-widths]`"""
 
 
 class _Branch(nn.Module):
-    """What IBN and Fused-IBN share: two elastic convolutions and the projection's width."""
+    """What IBN and Fused-IBN share: an elastic kernel, hidden channels and the projection."""
 
-    def __init__(self, spec: BlockSpec, in_channels: int, *, momentum: float) -> None:
+    kernel_name: ClassVar[str]
+    """The convolution whose kernel size is a choice."""
+
+    def __init__(
+        self, spec: BlockSpec, in_filters: Sequence[int], *, momentum: float, sharing: SharingConfig
+    ) -> None:
         super().__init__()
-        self.stride = spec.stride
-        self.hidden = max(spec.expand_ratios) * in_channels
+        self.spec, self.in_filters, self.stride = spec, tuple(in_filters), spec.stride
+        self.momentum = momentum
+        self.has_own_affine = sharing.bn_affine == "per_width"
+        self.hidden = max(spec.expand_ratios) * max(in_filters)
         self.project = conv_weight(max(spec.filters), self.hidden, 1, 1)
-        self.project_bn = ElasticBatchNorm(max(spec.filters), momentum=momentum)
+        self.project_bn = self._batch_norm(out_steps(spec))
+        self.mapped_sizes = spec.kernel_sizes[-2::-1] if sharing.kernel_transform else ()
+        # The part of each map beyond the identity.
+        self.kernel_maps = nn.ParameterDict(
+            {str(size): nn.Parameter(torch.zeros(size**2, size**2)) for size in self.mapped_sizes}
+        )
 
-    def _project(self, h: Tensor, filters: int) -> Tensor:
-        return self.project_bn(F.conv2d(h, self.project[:filters, : h.shape[1]]))
+    def _batch_norm(self, option_steps: Tensor) -> ElasticBatchNorm:
+        return ElasticBatchNorm(
+            option_steps.shape[-1],
+            momentum=self.momentum,
+            option_steps=option_steps if self.has_own_affine else None,
+        )
+
+    def _hidden_option(self, in_channels: int | Tensor, block: BlockArchitecture) -> BNOption:
+        if not self.has_own_affine:
+            return None
+        ratio = self.spec.expand_ratios.index(block.expand_ratio)
+        # A tensor while torch.jit traces.
+        return self.in_filters.index(int(in_channels)), ratio
+
+    def _out_option(self, block: BlockArchitecture) -> BNOption:
+        return (self.spec.filters.index(block.filters),) if self.has_own_affine else None
+
+    def _project(self, h: Tensor, filters: int, option: BNOption) -> Tensor:
+        return self.project_bn(F.conv2d(h, self.project[:filters, : h.shape[1]]), option)
+
+    def _kernel(self, weight: Tensor, kernel_size: int) -> Tensor:
+        """One size's kernel: the centre of the largest, through the maps on the way if any."""
+        for size in self.mapped_sizes:
+            if size < kernel_size:
+                break
+            taps = centre(weight, size).flatten(2)
+            weight = (taps + taps @ self.kernel_maps[str(size)]).unflatten(2, (size, size))
+        return centre(weight, kernel_size)
+
+    def _mixed_kernel(self, weight: Tensor, mixture: Mixture) -> Tensor:
+        if not self.kernel_maps:
+            return weight * mixture.kernel_mask
+        mixed = torch.zeros_like(weight)
+        for gate, size in zip(mixture.kernel_size, self.spec.kernel_sizes, strict=True):
+            margin = (weight.shape[2] - size) // 2
+            mixed = mixed + gate * F.pad(self._kernel(weight, size), [margin] * 4)
+        return mixed
+
+    def own_weights(self, in_channels: int, block: BlockArchitecture) -> dict[str, Tensor]:
+        """What an option has that is no leading part of the tensor of that name."""
+        found = {}
+        if self.kernel_maps:
+            weight = getattr(self, self.kernel_name)
+            found[self.kernel_name] = self._kernel(weight, block.kernel_size)
+        hidden, out = self._hidden_option(in_channels, block), self._out_option(block)
+        for name, layer in self.named_children():
+            if self.has_own_affine and isinstance(layer, ElasticBatchNorm):
+                weight, bias = layer.affine(out if layer is self.project_bn else hidden)
+                found |= {f"{name}.weight": weight, f"{name}.bias": bias}
+        return found
 
 
 class IBN(_Branch):
@@ -162,27 +141,33 @@ class IBN(_Branch):
     Source: MobileNetV2 (Sandler et al., CVPR 2018).
     """
 
-    def __init__(self, spec: BlockSpec, in_channels: int, *, momentum: float) -> None:
-        super().__init__(spec, in_channels, momentum=momentum)
+    kernel_name = "depthwise"
+
+    def __init__(
+        self, spec: BlockSpec, in_filters: Sequence[int], *, momentum: float, sharing: SharingConfig
+    ) -> None:
+        super().__init__(spec, in_filters, momentum=momentum, sharing=sharing)
+        steps = hidden_steps(spec, in_filters)
         self.has_expand = max(spec.expand_ratios) > 1
         if self.has_expand:
-            self.expand = conv_weight(self.hidden, in_channels, 1, 1)
-            self.expand_bn = ElasticBatchNorm(self.hidden, momentum=momentum)
+            self.expand = conv_weight(self.hidden, max(in_filters), 1, 1)
+            self.expand_bn = self._batch_norm(steps)
         side = max(spec.kernel_sizes)
         self.depthwise = conv_weight(self.hidden, 1, side, side)
-        self.depthwise_bn = ElasticBatchNorm(self.hidden, momentum=momentum)
+        self.depthwise_bn = self._batch_norm(steps)
 
     def sliced(self, x: Tensor, block: BlockArchitecture) -> Tensor:
         """Run one option's slices; the residual is the caller's."""
         in_channels = x.shape[1]
         hidden = block.expand_ratio * in_channels
+        option = self._hidden_option(in_channels, block)
         if self.has_expand:
-            x = F.relu6(self.expand_bn(F.conv2d(x, self.expand[:hidden, :in_channels])))
-        kernel = centre(self.depthwise[:hidden], block.kernel_size)
-        h = F.relu6(self.depthwise_bn(conv_same(x, kernel, self.stride, depthwise=True)))
-        return self._project(h, block.filters)
+            x = F.relu6(self.expand_bn(F.conv2d(x, self.expand[:hidden, :in_channels]), option))
+        kernel = self._kernel(self.depthwise[:hidden], block.kernel_size)
+        h = F.relu6(self.depthwise_bn(conv_same(x, kernel, self.stride, depthwise=True), option))
+        return self._project(h, block.filters, self._out_option(block))
 
-    def relaxed(self, x: Tensor, kernel_mask: Tensor, hidden_mask: Tensor) -> Tensor:
+    def relaxed(self, x: Tensor, mixture: Mixture) -> Tensor:
         """Run all options at full size.
 
         The hidden mask acts once, after the depthwise activation: a depthwise convolution keeps
@@ -190,10 +175,11 @@ class IBN(_Branch):
         gate's gradient sees what the channel would have carried.
         """
         if self.has_expand:
-            x = F.relu6(self.expand_bn(F.conv2d(x, self.expand)))
-        kernel = self.depthwise * kernel_mask
-        h = F.relu6(self.depthwise_bn(conv_same(x, kernel, self.stride, depthwise=True)))
-        return self._project(h * hidden_mask, self.project.shape[0])
+            x = F.relu6(self.expand_bn(F.conv2d(x, self.expand), mixture.hidden))
+        kernel = self._mixed_kernel(self.depthwise, mixture)
+        y = conv_same(x, kernel, self.stride, depthwise=True)
+        h = F.relu6(self.depthwise_bn(y, mixture.hidden))
+        return self._project(h * mixture.hidden_mask, self.project.shape[0], mixture.filters)
 
 
 class FusedIBN(_Branch):
@@ -202,24 +188,30 @@ class FusedIBN(_Branch):
     Source: EfficientNet-EdgeTPU (Gupta and Akin, 2020); MobileDets (Xiong et al., CVPR 2021).
     """
 
-    def __init__(self, spec: BlockSpec, in_channels: int, *, momentum: float) -> None:
-        super().__init__(spec, in_channels, momentum=momentum)
+    kernel_name = "expand"
+
+    def __init__(
+        self, spec: BlockSpec, in_filters: Sequence[int], *, momentum: float, sharing: SharingConfig
+    ) -> None:
+        super().__init__(spec, in_filters, momentum=momentum, sharing=sharing)
         side = max(spec.kernel_sizes)
-        self.expand = conv_weight(self.hidden, in_channels, side, side)
-        self.expand_bn = ElasticBatchNorm(self.hidden, momentum=momentum)
+        self.expand = conv_weight(self.hidden, max(in_filters), side, side)
+        self.expand_bn = self._batch_norm(hidden_steps(spec, in_filters))
 
     def sliced(self, x: Tensor, block: BlockArchitecture) -> Tensor:
         """Run one option's slices; the residual is the caller's."""
         in_channels = x.shape[1]
         hidden = block.expand_ratio * in_channels
-        kernel = centre(self.expand[:hidden, :in_channels], block.kernel_size)
-        h = F.relu6(self.expand_bn(conv_same(x, kernel, self.stride)))
-        return self._project(h, block.filters)
+        kernel = self._kernel(self.expand[:hidden, :in_channels], block.kernel_size)
+        option = self._hidden_option(in_channels, block)
+        h = F.relu6(self.expand_bn(conv_same(x, kernel, self.stride), option))
+        return self._project(h, block.filters, self._out_option(block))
 
-    def relaxed(self, x: Tensor, kernel_mask: Tensor, hidden_mask: Tensor) -> Tensor:
+    def relaxed(self, x: Tensor, mixture: Mixture) -> Tensor:
         """Run all options at full size."""
-        h = F.relu6(self.expand_bn(conv_same(x, self.expand * kernel_mask, self.stride)))
-        return self._project(h * hidden_mask, self.project.shape[0])
+        kernel = self._mixed_kernel(self.expand, mixture)
+        h = F.relu6(self.expand_bn(conv_same(x, kernel, self.stride), mixture.hidden))
+        return self._project(h * mixture.hidden_mask, self.project.shape[0], mixture.filters)
 
 
 BRANCHES: dict[str, type[IBN] | type[FusedIBN]] = {"ibn": IBN, "fused_ibn": FusedIBN}
@@ -228,20 +220,26 @@ BRANCHES: dict[str, type[IBN] | type[FusedIBN]] = {"ibn": IBN, "fused_ibn": Fuse
 class ElasticBlock(nn.Module):
     """One block of the space: a branch per op, and the residual where widths and stride allow."""
 
-    def __init__(self, spec: BlockSpec, in_filters: Sequence[int], *, momentum: float) -> None:
+    def __init__(
+        self,
+        spec: BlockSpec,
+        in_filters: Sequence[int],
+        *,
+        momentum: float,
+        sharing: SharingConfig = SharingConfig(),
+    ) -> None:
         super().__init__()
         self.spec, self.in_filters = spec, tuple(in_filters)
         self.branches = nn.ModuleDict(
-            {op: BRANCHES[op](spec, max(in_filters), momentum=momentum) for op in spec.ops}
+            {
+                op: BRANCHES[op](spec, in_filters, momentum=momentum, sharing=sharing)
+                for op in spec.ops
+            }
         )
         side = max(spec.kernel_sizes)
         offset = (torch.arange(side) - side // 2).abs()
         reach = torch.maximum(offset[:, None], offset[None, :])
         sizes = torch.tensor(spec.kernel_sizes)
-        out_channels, hidden = max(spec.filters), max(spec.expand_ratios) * max(in_filters)
-        hidden_widths = torch.tensor(
-            [[ratio * width for ratio in spec.expand_ratios] for width in in_filters]
-        )
         # Which kernel taps and channels each option uses: gates mix these 0/1 patterns.
         self.kernel_steps: Tensor
         self.out_steps: Tensor
@@ -249,10 +247,8 @@ class ElasticBlock(nn.Module):
         self.register_buffer(
             "kernel_steps", (reach <= (sizes // 2)[:, None, None]).float(), persistent=False
         )
-        self.register_buffer(
-            "out_steps", _steps(torch.tensor(spec.filters), out_channels), persistent=False
-        )
-        self.register_buffer("hidden_steps", _steps(hidden_widths, hidden), persistent=False)
+        self.register_buffer("out_steps", out_steps(spec), persistent=False)
+        self.register_buffer("hidden_steps", hidden_steps(spec, in_filters), persistent=False)
 
     def forward(
         self, x: Tensor, run: BlockArchitecture | BlockGates, in_gate: Tensor | None = None
@@ -273,6 +269,12 @@ class ElasticBlock(nn.Module):
         assert in_gate is not None
         return self._relaxed(x, run, in_gate)
 
+    def own_weights(self, in_channels: int, block: BlockArchitecture) -> dict[str, Tensor]:
+        """By name, what an option has that is no leading part of the tensor of that name."""
+        branch = cast(IBN | FusedIBN, self.branches[block.op])
+        own = branch.own_weights(in_channels, block)
+        return {f"branches.{block.op}.{name}": tensor for name, tensor in own.items()}
+
     def _sliced(self, x: Tensor, block: BlockArchitecture) -> Tensor:
         branch = cast(IBN | FusedIBN, self.branches[block.op])
         y = branch.sliced(x, block)
@@ -285,10 +287,17 @@ class ElasticBlock(nn.Module):
             "i,e,iec->c", in_gate, gates.expand_ratio, self.hidden_steps.to(x.dtype)
         ).view(-1, 1, 1)
         out_mask = (gates.filters @ self.out_steps.to(x.dtype)).view(-1, 1, 1)
+        mixture = Mixture(
+            kernel_size=gates.kernel_size,
+            kernel_mask=kernel_mask,
+            hidden=torch.outer(in_gate, gates.expand_ratio),
+            hidden_mask=hidden_mask,
+            filters=gates.filters,
+        )
         mixed = []
         for index, op in enumerate(self.spec.ops):
             branch = cast(IBN | FusedIBN, self.branches[op])
-            mixed.append(gates.op[index] * branch.relaxed(x, kernel_mask, hidden_mask))
+            mixed.append(gates.op[index] * branch.relaxed(x, mixture))
         y = sum(mixed[1:], start=mixed[0]) * out_mask
         pairs = self._equal_widths()
         if not pairs:
@@ -309,6 +318,17 @@ class ElasticBlock(nn.Module):
         ]
 
 
-def _steps(widths: Tensor, channels: int) -> Tensor:
-    """Per width, 1 for the leading `width` channels and 0 after: shape `[*widths, channels]`."""
-    return (torch.arange(channels) < widths.unsqueeze(-1)).float()
+def out_steps(spec: BlockSpec) -> Float[Tensor, "filters channels"]:
+    """Per out-width, 1 for its channels and 0 for the others."""
+    return _steps(torch.tensor(spec.filters))
+
+
+def hidden_steps(
+    spec: BlockSpec, in_filters: Sequence[int]
+) -> Float[Tensor, "in_filters expand_ratios channels"]:
+    """Per in-width and expansion, 1 for the hidden channels and 0 for the others."""
+    return _steps(torch.outer(torch.tensor(in_filters), torch.tensor(spec.expand_ratios)))
+
+
+def _steps(widths: Tensor) -> Tensor:
+    return (torch.arange(int(widths.max())) < widths.unsqueeze(-1)).float()

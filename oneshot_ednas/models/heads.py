@@ -4,7 +4,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from oneshot_ednas.models.blocks import SeparableConv, conv_same, conv_weight
+from oneshot_ednas.models.layers import SeparableConv, conv_same, conv_weight
 from oneshot_ednas.space import SearchSpace
 
 

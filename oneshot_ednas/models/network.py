@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from oneshot_ednas.architecture import Architecture
 from oneshot_ednas.models.backbone import Backbone
 from oneshot_ednas.models.bifpn import BiFPN
-from oneshot_ednas.models.blocks import BN_MOMENTUM, ElasticBatchNorm
+from oneshot_ednas.models.blocks import SharingConfig
 from oneshot_ednas.models.heads import Head
+from oneshot_ednas.models.layers import BN_MOMENTUM, ElasticBatchNorm
 from oneshot_ednas.relaxation import Gates
 from oneshot_ednas.space import SearchSpace
 
@@ -20,13 +21,23 @@ from oneshot_ednas.space import SearchSpace
 class Network(nn.Module):
     """Backbone, BiFPN and one head per task. Made by `build_network`."""
 
-    def __init__(self, space: SearchSpace, out_channels: Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        space: SearchSpace,
+        out_channels: Mapping[str, int],
+        sharing: SharingConfig = SharingConfig(),
+    ) -> None:
         super().__init__()
         self.space = space
         self.out_channels = dict(out_channels)
         # Running statistics of a supernet would be shared between architectures.
         momentum = BN_MOMENTUM if space.is_fixed else 0.0
-        self.backbone = Backbone(space, momentum=momentum)
+        self.backbone = Backbone(
+            space,
+            momentum=momentum,
+            # One architecture has nothing to share, and its network is always the same.
+            sharing=SharingConfig() if space.is_fixed else sharing,
+        )
         self.bifpn = BiFPN(space, momentum=momentum)
         self.heads = nn.ModuleDict(
             {task: Head(space, count, momentum=momentum) for task, count in out_channels.items()}
@@ -69,12 +80,18 @@ class Network(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
 
-def build_network(space: SearchSpace, out_channels: Mapping[str, int]) -> Network:
+def build_network(
+    space: SearchSpace,
+    out_channels: Mapping[str, int],
+    *,
+    sharing: SharingConfig = SharingConfig(),
+) -> Network:
     """A supernet, or, from a fixed space, the network of its one architecture.
 
     Args:
         space: the search space; `space.fix(architecture)` for a derived network.
         out_channels: output channels per task, for example `{"segmentation": 19, "depth": 1}`.
+        sharing: what the options of a supernet's block share; without effect on a derived network.
 
     Raises:
         ValueError: if there are no tasks, or a task has no channels.
@@ -84,7 +101,7 @@ def build_network(space: SearchSpace, out_channels: Mapping[str, int]) -> Networ
     for task, count in out_channels.items():
         if count < 1:
             raise ValueError(f"out_channels: task {task} needs at least 1 channel, got {count}")
-    return Network(space, out_channels)
+    return Network(space, out_channels, sharing)
 
 
 @torch.no_grad()
@@ -92,7 +109,7 @@ def inherit_weights(network: Network, supernet: Network, architecture: Architect
     """Copy an architecture's slices of the supernet's weights into its derived network.
 
     Every tensor of the derived network is the leading channels and, for kernels, the centre of
-    the supernet's tensor of the same name; so one rule serves all.
+    the supernet's tensor of the same name, or of what a block's `own_weights` puts in its place.
 
     Raises:
         ValueError: if the network is not the one of this architecture, or has other tasks.
@@ -104,7 +121,8 @@ def inherit_weights(network: Network, supernet: Network, architecture: Architect
             f"expected a network with tasks {supernet.out_channels}, got {network.out_channels}"
         )
     supernet.space.check(architecture)
-    source = supernet.state_dict()
+    own = supernet.backbone.own_weights(architecture)
+    source = supernet.state_dict() | {f"backbone.{name}": tensor for name, tensor in own.items()}
     for name, target in network.state_dict().items():
         target.copy_(_leading(source[name], target))
 

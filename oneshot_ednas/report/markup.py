@@ -2,7 +2,9 @@
 
 import base64
 import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from string import Template
 
 
 class Html(str):
@@ -40,6 +42,18 @@ def figure(png: bytes, caption: str) -> Html:
     return tag("figure", tag("img", src=source, alt=caption), tag("figcaption", caption))
 
 
+def document(title: str, headline: Html, sections: Mapping[str, tuple[str, Html]]) -> str:
+    """A whole page that needs nothing else; each section has an id, a heading and its content."""
+    template = Path(__file__).with_name("template.html").read_text(encoding="utf-8")
+    parts = [
+        tag("section", tag("h2", heading), content, id=name)
+        for name, (heading, content) in sections.items()
+    ]
+    return Template(template).substitute(
+        title=html.escape(title), headline=headline, sections=join(parts)
+    )
+
+
 def number(value: float) -> str:
     """Four digits, so that the numbers of a column line up."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.4g}".rstrip(".")
@@ -50,3 +64,8 @@ def duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
+
+
+def metric_label(task_name: str, metric: str) -> str:
+    """How tables name a metric of a task."""
+    return f"{task_name}: {metric.replace('_', ' ')}"

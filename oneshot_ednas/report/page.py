@@ -1,6 +1,5 @@
 """The page of the report: what a run found, section by section."""
 
-import html
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -8,7 +7,6 @@ from dataclasses import dataclass
 from functools import reduce
 from operator import getitem
 from pathlib import Path
-from string import Template
 from typing import Any
 
 import numpy as np
@@ -16,7 +14,17 @@ import numpy as np
 from oneshot_ednas.architecture import Architecture
 from oneshot_ednas.config import ExperimentConfig
 from oneshot_ednas.deploy import compiler_text, difference_text, latency_text
-from oneshot_ednas.report.markup import Html, duration, figure, join, number, table, tag
+from oneshot_ednas.report.markup import (
+    Html,
+    document,
+    duration,
+    figure,
+    join,
+    metric_label,
+    number,
+    table,
+    tag,
+)
 from oneshot_ednas.report.plots import (
     RunLog,
     RunPictures,
@@ -88,17 +96,21 @@ def write_report(
         tasks=tasks,
         space=space,
     )
-    template = Path(__file__).with_name("template.html").read_text(encoding="utf-8")
-    text = Template(template).substitute(
-        title=html.escape(f"oneshot-ednas: {run.space.name}, {run.results['target_ms']:g} ms"),
-        headline=_headline(run),
-        comparison=_comparison(run),
-        architecture=_architecture(run),
-        curves=_curves(run),
-        predictions=_predictions(mosaic, tasks, class_names),
-        gap=_gap(run),
-        export=_export(run),
-        run=_run_section(run),
+    text = document(
+        f"oneshot-ednas: {run.space.name}, {run.results['target_ms']:g} ms",
+        _headline(run),
+        {
+            "comparison": ("Comparison", _comparison(run)),
+            "architecture": ("Architecture", _architecture(run)),
+            "curves": ("Search and training", _curves(run)),
+            "predictions": (
+                "Predictions on test frames",
+                _predictions(mosaic, tasks, class_names),
+            ),
+            "gap": ("From supernet to derived network", _gap(run)),
+            "export": ("Export", _export(run)),
+            "run": ("The run", _run_section(run)),
+        },
     )
     write_bytes(folder / "predictions.png", mosaic)
     write_text(folder / "report.html", text)
@@ -158,7 +170,7 @@ def _comparison(run: _Run) -> Html:
         for metric in task.reward_metrics:
             is_error = metric in task.lower_is_better
             keys = ("metrics", name, metric)
-            rows.append(_measure(run, _metric_label(name, metric), *keys, is_error=is_error))
+            rows.append(_measure(run, metric_label(name, metric), *keys, is_error=is_error))
     seeds, config = len(results["reward_per_seed"]), run.config.retrain
     caption = (
         f"Each network is trained from scratch for {config.steps:,} steps of {config.batch_size} "
@@ -190,10 +202,6 @@ def _measure(run: _Run, label: str, *keys: str, is_error: bool) -> list[object]:
     if spread is not None:
         cells[0] = join([cells[0], tag("span", f" ± {spread:.2g}", class_="unit")])
     return [f"{label} {'↓' if is_error else '↑'}", *cells]
-
-
-def _metric_label(task_name: str, metric: str) -> str:
-    return f"{task_name}: {metric.replace('_', ' ')}"
 
 
 def _architecture(run: _Run) -> Html:
@@ -309,7 +317,7 @@ def _gap(run: _Run) -> Html:
     for name, task in run.tasks.items():
         for metric in task.reward_metrics:
             pair = (supernet["metrics"][name][metric], results["metrics"][name][metric])
-            scores.append([_metric_label(name, metric), *map(number, pair)])
+            scores.append([metric_label(name, metric), *map(number, pair)])
     head = ["", "supernet weights", "retrained"]
     parts = [
         tag(
@@ -370,7 +378,7 @@ def _quantization(run: _Run, scores: Mapping[str, Any]) -> Html:
     rows: list[list[object]] = []
     for name, task in run.tasks.items():
         for metric in task.reward_metrics:
-            row: list[object] = [_metric_label(name, metric)]
+            row: list[object] = [metric_label(name, metric)]
             for score in scores.values():
                 found = score[name][metric]
                 row += [number(found["float"]), number(found["int8"]), difference_text(found)]

@@ -135,7 +135,7 @@ def search_plots(
         "Entropy of alpha, nats": entropy,
         "Temperature": temperature,
     }
-    figure, grid = _panels(panels)
+    figure, grid = draw_panels(panels)
     last = max((line["step"] for line in log.lines if line["stage"] == "search"), default=1)
     for axes in grid:
         axes.set_xlabel("step")
@@ -144,7 +144,7 @@ def search_plots(
             axes.axvspan(0, min(warmup_steps, max(last, 1)), color=PALE, zorder=0)
     if warmup_steps:  # the temperature's panel is empty there
         grid[-1].annotate("warm-up", (0, 0), (4, 4), "axes fraction", "offset points", color=GREY)
-    return _png(figure)
+    return to_png(figure)
 
 
 def outcome_plots(
@@ -193,14 +193,14 @@ def outcome_plots(
         axes.set_xlabel("step")
         axes.set_xlim(left=0)
 
-    figure, _ = _panels(
+    figure, _ = draw_panels(
         {
             "Log-probability under alpha": pareto,
             "Reward with supernet weights": lambda axes: scatter(axes, "reward"),
             "Loss when trained from scratch": training,
         }
     )
-    return _png(figure)
+    return to_png(figure)
 
 
 def prediction_mosaic(pictures: RunPictures, tasks: Mapping[str, Task]) -> bytes:
@@ -246,7 +246,7 @@ def prediction_mosaic(pictures: RunPictures, tasks: Mapping[str, Task]) -> bytes
             word = ("target", "prediction")[row % 2]
             x, y = 2 * columns + (left - gap) // 2, top + (2 * row + 1) * rows // 2
             write(word, x, y, rotation=90, color=GREY)
-        return _png(figure, dpi=100)
+        return to_png(figure, dpi=100)
 
 
 def _check_pictures(pictures: RunPictures, tasks: Mapping[str, Task]) -> None:
@@ -292,12 +292,18 @@ def _log_scale_if_wide(axes: Axes) -> None:
         axes.yaxis.set_major_formatter("{x:g}")
 
 
-def _panels(panels: Mapping[str, Callable[[Axes], None]]) -> tuple[Figure, list[Axes]]:
-    """Titled panels, three in a row."""
-    rows = math.ceil(len(panels) / 3)
+def draw_panels(
+    panels: Mapping[str, Callable[[Axes], None]],
+    *,
+    columns: int = 3,
+    inches: tuple[float, float] = PANEL_INCHES,
+) -> tuple[Figure, list[Axes]]:
+    """Titled panels, some in a row, each of this width and height."""
+    rows = math.ceil(len(panels) / columns)
     with rc_context(STYLE):
-        figure = Figure(figsize=(3 * PANEL_INCHES[0], rows * PANEL_INCHES[1]), layout="constrained")
-        grid = list(figure.subplots(rows, 3, squeeze=False).flat)
+        size = (columns * inches[0], rows * inches[1])
+        figure = Figure(figsize=size, layout="constrained")
+        grid = list(figure.subplots(rows, columns, squeeze=False).flat)
         for axes, (title, draw) in zip(grid, panels.items(), strict=True):
             axes.set_title(title)
             draw(axes)
@@ -310,7 +316,8 @@ def _panels(panels: Mapping[str, Callable[[Axes], None]]) -> tuple[Figure, list[
     return figure, grid
 
 
-def _png(figure: Figure, dpi: int = PIXELS_PER_INCH) -> bytes:
+def to_png(figure: Figure, dpi: int = PIXELS_PER_INCH) -> bytes:
+    """The bytes of a PNG file of a figure."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi)
     return buffer.getvalue()

@@ -1,0 +1,260 @@
+"""What a comparison writes: JSON, Markdown, pictures, and one HTML page that needs nothing else."""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from oneshot_ednas.comparison.bootstrap import LEVEL, NUM_DRAWS
+from oneshot_ednas.comparison.compared import Comparison, compared
+from oneshot_ednas.comparison.curves import final_point, search_curve
+from oneshot_ednas.comparison.methods import Found, Method, spread
+from oneshot_ednas.comparison.plots import anytime_plots, look_of, pareto_plots, reward_plots
+from oneshot_ednas.comparison.tables import (
+    DIFFERENCE_HEAD,
+    RUN_HEAD,
+    Row,
+    difference_rows,
+    gain_rows,
+    result_rows,
+    run_rows,
+    verdict,
+)
+from oneshot_ednas.report.markup import Html, document, figure, join, number, table, tag
+from oneshot_ednas.reward import Deltas
+from oneshot_ednas.store import write_bytes, write_json, write_text
+
+HOW_RESULTS = (
+    "Mean ± standard deviation over seeds of what each method's network, trained from scratch, "
+    "scores on the test split. Multiply-adds are those of training, three times those of the "
+    "forward pass; the time of a search is summed over its workers."
+)
+HOW_GAINS = (
+    "In percent; positive is better. Per metric (EDNAS eq. 9-10), mean over metrics (eq. 11) and "
+    "over tasks (eq. 12), each run against the mean of the baseline, ± standard deviation over "
+    "seeds."
+)
+HOW_DIFFERENCES = (
+    f"Bootstrap of {NUM_DRAWS:,} draws over runs and, within them, trainings, at {LEVEL:.0%}, "
+    f"widened by Student's t for few seeds. Only where the interval leaves out 0 is a method "
+    f"called better. With many pairs some interval leaves out 0 by chance."
+)
+HOW_ANYTIME = (
+    "Lines: the best reward so far inside the target, on the validation split, mean over seeds "
+    "with the range as a band; trials are short trainings. Dotted: a one-shot search's most "
+    "probable architecture inside the target, scored with supernet weights; its cost is its share "
+    "of the steps. Marks: the network of each run, retrained, on the test split, at the cost of "
+    "search and retraining."
+)
+HOW_PARETO = (
+    "Left: what the searches saw; a black rim marks what they picked. Right: what came of the "
+    "picks. The splits and the lengths of training differ between the two."
+)
+
+
+def compare_runs(folders: Sequence[Path], out: Path, *, baseline: str | None = None) -> Comparison:
+    """Compare the methods of some runs and write the comparison.
+
+    Args:
+        folders: run folders, one per method and seed.
+        out: folder for `comparison.json`, `comparison.md`, `comparison.html` and the pictures.
+        baseline: method that the paper's gains are relative to; None is `base` where some run
+            trained it.
+
+    Raises:
+        FileNotFoundError: if a folder holds no run.
+        ValueError: if the runs cannot be compared, a file is damaged, no run is finished, or no
+            run has the baseline; nothing is written then.
+    """
+    found = compared(folders, baseline=baseline)
+    if (out / "config.yaml").exists():
+        raise ValueError(f"{out} holds a run; choose another --out")
+    look = look_of(found.methods)
+    pictures = {
+        "rewards": reward_plots(found.methods, found.differences, look),
+        "anytime": anytime_plots(found.methods, look),
+        "pareto": pareto_plots(found.methods, look, found.target_ms),
+    }
+    for name, png in pictures.items():
+        write_bytes(out / f"{name}.png", png)
+    write_json(out / "comparison.json", to_json(found))
+    write_text(out / "comparison.md", to_markdown(found))
+    write_text(out / "comparison.html", to_html(found, pictures))
+    return found
+
+
+# JSON ---------------------------------------------------------------------------------------
+
+
+def to_json(found: Comparison) -> dict[str, Any]:
+    """The content of `comparison.json`."""
+    return {
+        "target_ms": found.target_ms,
+        "runs": [
+            {
+                "folder": str(run.folder),
+                "method": run.method,
+                "seed": run.seed,
+                "is_finished": run.results is not None,
+            }
+            for run in found.runs
+        ],
+        "methods": {method.name: _method_json(method) for method in found.methods},
+        "missing": {
+            method.name: {str(seed): why for seed, why in method.missing.items()}
+            for method in (*found.methods, *found.unfinished)
+            if method.missing
+        },
+        "baseline": None if found.baseline is None else found.baseline.name,
+        "gains": {name: _gains_json(rows) for name, rows in found.gains.items()},
+        "differences": [
+            {
+                "one": one.one,
+                "other": one.other,
+                "difference": one.value,
+                "interval": None if one.low is None else [one.low, one.high],
+                "num_seeds": list(one.num_runs),
+                "better": one.winner,
+            }
+            for one in found.differences
+        ],
+        "notes": list(found.notes),
+    }
+
+
+def _method_json(method: Method) -> dict[str, Any]:
+    def over(value: Callable[[Found], float]) -> dict[str, float | None]:
+        return spread(value(one) for one in method.found)
+
+    return {
+        "seeds": method.seeds,
+        "reward": over(lambda one: one.reward) | {"per_run": method.rewards},
+        "accuracy": over(lambda one: one.accuracy),
+        "latency_ms": over(lambda one: one.latency_ms),
+        "num_inside_target": sum(one.is_inside_target for one in method.found),
+        "parameters": over(lambda one: one.figures["parameters"]),
+        "gmacs": over(lambda one: one.figures["gmacs"]),
+        "metrics": {
+            task: {
+                name: spread(one.figures["metrics"][task][name] for one in method.found)
+                for name in values
+            }
+            for task, values in method.found[0].figures["metrics"].items()
+        },
+        "cost": {
+            "search_macs": over(lambda one: one.search.macs),
+            "search_seconds": over(lambda one: one.search.seconds),
+            "retrain_macs": over(lambda one: one.retrain.macs),
+            "retrain_seconds": over(lambda one: one.retrain.seconds),
+        },
+        "architectures": [one.figures["architecture"] for one in method.found],
+        "curves": [
+            {
+                "seed": one.seed,
+                "points": [
+                    {"macs": point.cost.macs, "seconds": point.cost.seconds, "reward": point.reward}
+                    for point in search_curve(one)
+                ],
+                "kind": "trials" if one.run.trials else "supernet weights",
+                "final": {
+                    "macs": final_point(one).cost.macs,
+                    "seconds": final_point(one).cost.seconds,
+                    "reward": one.reward,
+                },
+            }
+            for one in method.found
+        ],
+    }
+
+
+def _gains_json(rows: Sequence[Deltas]) -> dict[str, Any]:
+    first = rows[0]
+    return {
+        "metrics": {
+            task: {name: spread(row.metrics[task][name] for row in rows) for name in values}
+            for task, values in first.metrics.items()
+        },
+        "tasks": {task: spread(row.tasks[task] for row in rows) for task in first.tasks},
+        "overall": spread(row.overall for row in rows),
+    }
+
+
+def to_markdown(found: Comparison) -> str:
+    """The content of `comparison.md`."""
+    labels = [method.label for method in found.methods]
+    parts = ["# Comparison", verdict(found)]
+    parts += ["\n".join(f"- {note}" for note in found.notes)] if found.notes else []
+    parts += ["## Results", _markdown(["", *labels], result_rows(found)), HOW_RESULTS]
+    parts += ["## Differences", _markdown(DIFFERENCE_HEAD, difference_rows(found))]
+    parts += [HOW_DIFFERENCES, "![Rewards and differences](rewards.png)"]
+    if found.gains:
+        assert found.baseline is not None
+        parts.append(f"## Gain over {found.baseline.label}")
+        parts += [_markdown(["", *labels], gain_rows(found)), HOW_GAINS]
+    parts += ["## Anytime", "![Reward against cost](anytime.png)", HOW_ANYTIME]
+    parts += ["## Accuracy and latency", "![Accuracy against latency](pareto.png)", HOW_PARETO]
+    parts += ["## Runs", _markdown(RUN_HEAD, run_rows(found))]
+    return "\n\n".join(parts) + "\n"
+
+
+def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(
+        f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines
+    )
+
+
+# HTML ---------------------------------------------------------------------------------------
+
+
+def to_html(found: Comparison, pictures: dict[str, bytes]) -> str:
+    """The content of `comparison.html`.
+
+    Args:
+        found: the comparison.
+        pictures: PNG files `rewards`, `anytime` and `pareto`.
+    """
+    labels = [method.label for method in found.methods]
+
+    def section(head: Sequence[str], rows: Iterable[Row], how: str) -> Html:
+        return join([table(head, rows, "numbers"), tag("p", how, class_="note")])
+
+    differences = section(DIFFERENCE_HEAD, difference_rows(found), HOW_DIFFERENCES)
+    sections = {
+        "results": ("Results", section(["", *labels], result_rows(found), HOW_RESULTS)),
+        "differences": (
+            "Differences",
+            join(
+                [figure(pictures["rewards"], "Every run, and every pair of methods."), differences]
+            ),
+        ),
+    }
+    if found.gains:
+        assert found.baseline is not None
+        gains = section(["", *labels], gain_rows(found), HOW_GAINS)
+        sections["gains"] = (f"Gain over {found.baseline.label}, percent", gains)
+    sections["anytime"] = ("Reward against cost", figure(pictures["anytime"], HOW_ANYTIME))
+    sections["pareto"] = ("Accuracy and latency", figure(pictures["pareto"], HOW_PARETO))
+    sections["runs"] = ("Runs", table(RUN_HEAD, run_rows(found), "plain"))
+    return document("oneshot-ednas: comparison", _headline(found), sections)
+
+
+def _headline(found: Comparison) -> Html:
+    config = found.runs[0].config
+    tiles = [
+        tag("div", tag("b", number(method.reward)), tag("span", method.label), class_="tile")
+        for method in found.methods
+    ]
+    setup = (
+        f"{config.data.source} {config.data.height}x{config.data.width} · target "
+        f"{found.target_ms:.4g} ms · {len(found.runs)} runs · mean reward on the test split:"
+    )
+    parts = [
+        tag("div", f"oneshot-ednas · {', '.join(found.tasks)}", class_="eyebrow"),
+        tag("h1", verdict(found)),
+        tag("p", setup, class_="note"),
+        tag("div", *tiles, class_="tiles"),
+    ]
+    if found.notes:
+        listed = tag("ul", *(tag("li", note) for note in found.notes))
+        parts.append(tag("div", tag("b", "Before you read on"), listed, class_="warning"))
+    return join(parts)

@@ -1,0 +1,1 @@
+"""Multi-trial search: architectures are proposed, trained one by one, and scored."""
