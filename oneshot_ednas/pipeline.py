@@ -5,9 +5,11 @@ Each stage reads what the one before wrote, so a run can be cut anywhere and go 
 
 import datetime
 import math
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from functools import cached_property, partial
+from concurrent.futures import as_completed
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import numpy as np
 import torch
 
 from oneshot_ednas.architecture import Architecture
-from oneshot_ednas.config import ExperimentConfig
+from oneshot_ednas.config import ExperimentConfig, load_config
 from oneshot_ednas.data.packed import PackedSplit
 from oneshot_ednas.deploy import deploy, file_digest
 from oneshot_ednas.derive import (
@@ -32,16 +34,19 @@ from oneshot_ednas.multi_trial.trials import TrialStore, read_trials
 from oneshot_ednas.ranking import Candidate, rank_candidates
 from oneshot_ednas.report import RunPictures, write_report
 from oneshot_ednas.retrain import retrain
-from oneshot_ednas.run_folder import Experiment, versions
+from oneshot_ednas.run_folder import Experiment, RunFiles, versions
 from oneshot_ednas.schema import read_json
 from oneshot_ednas.search import OneShotSearch, resume_search
 from oneshot_ednas.store import load_checkpoint, write_json, write_text
 from oneshot_ednas.training import (
+    Interrupted,
     Metrics,
     StageLog,
     evaluate,
     note,
     numpy_generator,
+    progress_bar,
+    take_in_log,
     training_macs,
 )
 from oneshot_ednas.trial_job import run_trial
@@ -52,6 +57,9 @@ NUM_PICTURES = 4
 
 class Run(Experiment, ABC):
     """What the runs of all methods share: an architecture is found, retrained and evaluated."""
+
+    workers = Workers(SerialExecutor(), 1)
+    """What runs trials and retrainings; set it to another before `find` and `retrain`."""
 
     @abstractmethod
     def find(self) -> None:
@@ -71,28 +79,80 @@ class Run(Experiment, ABC):
 
     def retrain(self) -> None:
         """Train the derived architecture from scratch, once per seed, and the baselines."""
-        config = self.config.retrain
         architecture = self._derived_architecture()
-        for number in range(config.num_seeds):
-            self._train(architecture, f"retrain.seed_{number}", number)
-        for name, baseline in self.baselines.items():
-            self._train(baseline, f"baseline.{name}", 0)
+        seeds = range(self.config.retrain.num_seeds)
+        trainings = [(architecture, f"retrain.seed_{number}", number) for number in seeds]
+        trainings += [(one, f"baseline.{name}", 0) for name, one in self.baselines.items()]
+        for _, stage, _ in trainings:
+            self._take_in(stage)  # what a stopped run on workers left
+        if self.workers.count == 1:
+            for training in trainings:
+                self._train(*training)
+        else:
+            self._train_on_workers(trainings)
 
     def _train(self, architecture: Architecture, stage: str, number: int) -> Network:
         with self.timed(stage):
-            return retrain(
-                self.config.retrain,
-                self.space,
-                architecture,
-                self.tasks,
-                self.train,
-                stage=stage,
-                folder=self.files.folder,
-                checkpoint=self.files.checkpoint(stage),
-                augmentation=self.config.data.augment,
-                seed=self.config.seed + number,
-                device=self.device,
-            )
+            return self.train_network(architecture, stage, number, self.files.folder)
+
+    def train_network(
+        self, architecture: Architecture, stage: str, number: int, log_folder: Path
+    ) -> Network:
+        """Train one network, or read it back.
+
+        Args:
+            architecture: what to train.
+            stage: name of the training, for example `retrain.seed_0`.
+            number: added to the run's seed.
+            log_folder: where the log goes.
+
+        Raises:
+            Interrupted: after Ctrl-C, once the checkpoint is written.
+            RuntimeError: if a loss is not finite.
+        """
+        return retrain(
+            self.config.retrain,
+            self.space,
+            architecture,
+            self.tasks,
+            self.train,
+            stage=stage,
+            folder=log_folder,
+            checkpoint=self.files.checkpoint(stage),
+            augmentation=self.config.data.augment,
+            seed=self.config.seed + number,
+            device=self.device,
+        )
+
+    def _train_on_workers(self, trainings: Sequence[tuple[Architecture, str, int]]) -> None:
+        """Train the networks that are left, several at a time, each with a log of its own.
+
+        Raises:
+            Interrupted: after Ctrl-C.
+        """
+        folder = self.files.folder.absolute()
+        futures = {
+            self.workers.executor.submit(train_job, folder, *training): training[1]
+            for training in trainings
+            if not self._is_trained(training[1])
+        }
+        try:
+            with progress_bar("trainings", len(futures)) as advance:
+                for future in as_completed(futures):
+                    future.result()
+                    self._take_in(futures[future])
+                    advance()
+        except KeyboardInterrupt:
+            raise Interrupted("stopped while networks were trained") from None
+
+    def _take_in(self, stage: str) -> None:
+        """Add log and time of a training that ran on a worker to those of the run."""
+        part = self.files.stage(stage)
+        if (part / "metrics.jsonl").exists():
+            take_in_log(self.files.folder, part, stage)
+        if (part / "seconds.json").exists():
+            self.add_seconds(stage, read_json(part / "seconds.json"))
+            (part / "seconds.json").unlink()
 
     def evaluate(self) -> dict[str, Any]:
         """Score the trained networks on the test split and write `results.json`.
@@ -219,15 +279,15 @@ class Run(Experiment, ABC):
         Raises:
             ValueError: if it is not finished.
         """
-        path = self.files.checkpoint(stage)
-        if not path.exists() or self._steps_done(path) < self.config.retrain.steps:
+        if not self._is_trained(stage):
             raise ValueError(
                 f"{stage} is not trained to its end; run oneshot-ednas retrain {self.files.folder}"
             )
         return self._train(architecture, stage, number)
 
-    def _steps_done(self, path: Path) -> int:
-        return int(load_checkpoint(path)["step"])
+    def _is_trained(self, stage: str) -> bool:
+        path = self.files.checkpoint(stage)
+        return path.exists() and int(load_checkpoint(path)["step"]) >= self.config.retrain.steps
 
     def _score(self, network: Network) -> Metrics:
         return evaluate(
@@ -471,13 +531,13 @@ class OneShotRun(Run):
         }
 
     def _search_cost(self) -> tuple[float | None, float]:
-        """The supernet's training and the scoring of candidates, which takes no backward pass."""
-        derive, calibration = self.config.derive, len(self.part("weights"))
-        frames = derive.calibration_batches * min(derive.batch_size, calibration)
-        frames += len(self.part("validation"))
+        """The supernet's training and the scoring of candidates."""
+        num_frames = len(self.part("weights")), len(self.part("validation"))
         candidates = read_json(self.files.candidates)["candidates"]
         ranking = sum(
-            frames * self.macs(Architecture.from_json(candidate["architecture"]))
+            self.config.derive.scoring_macs(
+                self.macs(Architecture.from_json(candidate["architecture"])), *num_frames
+            )
             for candidate in candidates
         )
         # A supernet trained by an older version did not count.
@@ -487,9 +547,6 @@ class OneShotRun(Run):
 
 class MultiTrialRun(Run):
     """The architecture comes from trials: evolution or random search."""
-
-    workers = Workers(SerialExecutor(), 1)
-    """What runs the trials; set it to another before `find`."""
 
     def __init__(
         self, config: ExperimentConfig, folder: Path, *, is_reopened: bool = False
@@ -524,6 +581,29 @@ class MultiTrialRun(Run):
 def run_class(config: ExperimentConfig) -> type[Run]:
     """The runs of the config's method."""
     return OneShotRun if config.method == "one_shot" else MultiTrialRun
+
+
+def train_job(folder: Path, architecture: Architecture, stage: str, number: int) -> None:
+    """One training of a run as a job for any worker, with log and time in a folder of its own.
+
+    Raises:
+        RuntimeError: if a loss is not finite.
+        ValueError: if the run folder is not readable, or its data has gone.
+    """
+    one = _reopened(folder)
+    part = one.files.stage(stage)
+    part.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+    try:
+        one.train_network(architecture, stage, number, part)
+    finally:
+        write_json(part / "seconds.json", time.perf_counter() - began)
+
+
+@lru_cache(maxsize=1)
+def _reopened(folder: Path) -> Run:
+    config = load_config(RunFiles(folder).config)
+    return run_class(config)(config, folder, is_reopened=True)
 
 
 def run_all(run: Run) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def open_search(experiment: Experiment, folder: Path) -> OneShotSearch:
     same = {
         "space": SearchSpace.load(files.space) == experiment.space,
         "data": read_json(files.data) == _digests(experiment),
-        "splits (search.splits, seed)": read_json(files.splits) == _sources(experiment),
+        "splits (search.splits, split_seed, seed)": read_json(files.splits) == _sources(experiment),
         "tasks": config.tasks == ours.tasks,
     }
     differing = [name for name, is_same in same.items() if not is_same]

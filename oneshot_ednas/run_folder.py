@@ -103,6 +103,10 @@ class RunFiles:
         """Time per stage, over all sittings."""
         return self.folder / "seconds.json"
 
+    def stage(self, stage: str) -> Path:
+        """Log of a training that runs on a worker."""
+        return self.folder / "stages" / stage
+
     def checkpoint(self, stage: str) -> Path:
         """Checkpoint of a stage."""
         return self.folder / "checkpoints" / f"{stage}.safetensors"
@@ -205,9 +209,13 @@ class Problem:
         try:
             yield
         finally:
-            seconds = self.seconds
-            spent = seconds.get(stage, 0.0) + time.perf_counter() - began
-            write_json(self.files.seconds, seconds | {stage: round(spent, 2)})
+            self.add_seconds(stage, time.perf_counter() - began)
+
+    def add_seconds(self, stage: str, spent: float) -> None:
+        """Add to the time of a stage."""
+        seconds = self.seconds
+        spent += seconds.get(stage, 0.0)
+        write_json(self.files.seconds, seconds | {stage: round(spent, 2)})
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -268,7 +276,12 @@ class Experiment(Problem):
         """
         super().__init__(config, folder, is_reopened=is_reopened)
         self.train, self.test = load_data(config.data, self.tasks)
-        indices = split_indices(len(self.train), config.search.splits, config.seed)
+        split_seed = config.search.split_seed
+        indices = split_indices(
+            len(self.train),
+            config.search.splits,
+            config.seed if split_seed is None else split_seed,
+        )
         smallest = min(len(indices["weights"]), len(indices["alpha"]))
         if config.search.batch_size > smallest:
             raise ValueError(

@@ -113,6 +113,9 @@ class SearchConfig:
         default_factory=lambda: {"weights": 0.6, "alpha": 0.25, "validation": 0.15}
     )
     """Shares of the training set for `weights`, `alpha` and `validation`."""
+    split_seed: int | None = None
+    """Seed of these splits; null is that of the run. Runs with other seeds on the same splits can
+    be held against the same stand-alone trainings."""
     sharing: SharingConfig = SharingConfig()
     """What the options of a block share in the supernet."""
     loop: LoopConfig = LoopConfig()
@@ -284,7 +287,7 @@ class OneShotSearch:
                 log.histogram(step, "alpha/logits", self.alpha.logits)
             if step in validated:
                 # Batch statistics again afterwards: scoring must not leave a trace.
-                log.scalars(step, validate())
+                log.scalars(step, {**validate(), "validation/macs": self.macs})
                 self.supernet.train()
             return values
 

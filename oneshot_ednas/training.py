@@ -336,6 +336,20 @@ def _drop_lines_from(path: Path, stage: str, step: int) -> None:
     write_text(path, "".join(kept))
 
 
+def take_in_log(folder: Path, part: Path, stage: str) -> None:
+    """Move the lines of a stage that another process logged in a folder of its own.
+
+    TensorBoard finds its files where they are.
+    """
+    logged = part / "metrics.jsonl"
+    lines = logged.read_text(encoding="utf-8")
+    if lines:
+        _drop_lines_from(folder / "metrics.jsonl", stage, json.loads(lines.splitlines()[0])["step"])
+        with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(lines)
+    logged.unlink()
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig:
     """How often a step loop writes."""

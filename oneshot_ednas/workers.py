@@ -205,3 +205,12 @@ def _prepare_process() -> None:
     torch.set_num_threads(1)
     # Ctrl-C reaches every process of a terminal; the one that submits ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A job whose submitter was killed has nobody left to tell."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

@@ -26,6 +26,7 @@ from oneshot_ednas.schema import load_yaml, read_json
 from oneshot_ednas.space import SearchSpace
 from oneshot_ednas.store import load_checkpoint, write_json
 from oneshot_ednas.training import Interrupted, StageLog
+from oneshot_ednas.workers import open_workers
 
 STAGES = ["search", "retrain.seed_0", "retrain.seed_1", "baseline.base", "baseline.random"]
 TIMED = ["search", "derive", *STAGES[1:], "evaluate"]
@@ -485,3 +486,46 @@ def test_a_table_of_unknown_error_needs_consent(project, tiny, tmp_path):
         new_run(project, tmp_path / "run", overrides=overrides)
     new_run(project, tmp_path / "run", overrides=[*overrides, "latency.allow_uncalibrated=true"])
     assert (tmp_path / "run" / "config.yaml").is_file()
+
+
+def test_networks_trained_on_workers_are_those_trained_one_by_one(
+    project, finished_run, tmp_path, tiny
+):
+    folder = tmp_path / "run"
+    shutil.copytree(finished_run, folder)
+    files = RunFiles(folder)
+    stages = ["retrain.seed_0", "retrain.seed_1", "baseline.base", "baseline.random"]
+    log_before = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
+    for stage in stages:
+        files.checkpoint(stage).unlink()
+    seconds = json.loads(files.seconds.read_text())
+    files.seconds.write_text(json.dumps({"search": seconds["search"], "derive": seconds["derive"]}))
+    run = new_run(project, folder, resume=True)
+    with open_workers("2") as run.workers:
+        run.retrain()
+    for stage in stages:
+        one, other = (
+            load_checkpoint(RunFiles(which).checkpoint(stage))["network"]
+            for which in (folder, finished_run)
+        )
+        assert all(torch.equal(one[name], other[name]) for name in one)
+        assert run.seconds[stage] > 0
+    log = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
+    for stage in stages:
+        of_stage = [[x for x in lines if x["stage"] == stage] for lines in (log, log_before)]
+        assert of_stage[0] == of_stage[1]
+    assert len(log) == len(log_before)
+    assert figures(run.evaluate()) == figures(
+        json.loads(RunFiles(finished_run).results.read_text())
+    )
+
+
+def test_runs_of_different_seeds_can_share_their_splits(project, tmp_path):
+    shared = [
+        new_run(
+            project, tmp_path / str(seed), overrides=[f"seed={seed}", "search.split_seed=7"]
+        ).indices
+        for seed in (0, 1)
+    ]
+    own = new_run(project, tmp_path / "own", overrides=["seed=1"]).indices
+    assert shared[0] == shared[1] != own

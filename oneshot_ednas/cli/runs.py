@@ -19,11 +19,13 @@ from oneshot_ednas.cli.common import (
     resume_option,
     set_option,
     with_data,
+    workers_option,
 )
 from oneshot_ednas.config import load_config
 from oneshot_ednas.pipeline import OneShotRun, Run, run_all, run_class
 from oneshot_ednas.run_folder import RunFiles
 from oneshot_ednas.schema import find_file, read_json
+from oneshot_ednas.workers import open_workers
 
 uncalibrated_option = click.option(
     "--allow-uncalibrated",
@@ -38,6 +40,7 @@ uncalibrated_option = click.option(
 @data_option
 @set_option
 @uncalibrated_option
+@workers_option
 @resume_option
 @json_option
 @bad_input
@@ -47,6 +50,7 @@ def run(
     data: Path | None,
     overrides: tuple[str, ...],
     allow_uncalibrated: bool,
+    workers: str,
     resume: bool,
     as_json: bool,
 ) -> None:
@@ -59,7 +63,9 @@ def run(
     """
     overrides = _with_consent(overrides, is_given=allow_uncalibrated)
     one = _start(config, out, data, overrides, resume=resume)
-    print_results(run_all(one), out, as_json=as_json)
+    with open_workers(workers) as one.workers:
+        results = run_all(one)
+    print_results(results, out, as_json=as_json)
 
 
 @main.command()
@@ -131,13 +137,29 @@ def _stage(name: str, help_text: str) -> None:
         if name == "evaluate":
             print_results(one.finish(), run_folder, as_json=as_json)
         else:
-            getattr(one if name == "retrain" else _one_shot(one), name)()
+            _one_shot(one).derive()
             _print_stage(one, name, as_json=as_json)
 
 
 _stage("derive", "Find the best architecture inside the latency target, exactly.")
-_stage("retrain", "Train the derived architecture (and the baselines) from scratch.")
 _stage("evaluate", "Score the trained networks on the test split, export, and write the report.")
+
+
+@main.command("retrain")
+@click.argument("run_folder", type=click.Path(path_type=Path))
+@data_option
+@workers_option
+@json_option
+@bad_input
+def retrain_command(run_folder: Path, data: Path | None, workers: str, as_json: bool) -> None:
+    """Train the derived architecture (and the baselines) from scratch.
+
+    Example: oneshot-ednas retrain runs/demo
+    """
+    one = reopen(run_folder, data)
+    with open_workers(workers) as one.workers:
+        one.retrain()
+    _print_stage(one, "retrain", as_json=as_json)
 
 
 def _with_consent(overrides: tuple[str, ...], *, is_given: bool) -> tuple[str, ...]:

@@ -46,15 +46,15 @@ def trial_curve(run: RecordedRun) -> list[Point]:
 
 
 def supernet_curve(found: Found) -> list[Point]:
-    """The logged validations; their cost is their share of the steps of the search."""
-    steps, rewards = found.run.log.curve("search", "validation/reward")
-    shares = (steps + 1) / found.run.config.search.steps
+    """The logged validations; their seconds are taken as their share of the search's."""
+    _, rewards = found.run.log.curve("search", "validation/reward")
+    _, spent = found.run.log.curve("search", "validation/macs")
     return [
         Point(
-            cost=Cost(macs=share * found.search.macs, seconds=share * found.search.seconds),
+            cost=Cost(macs=macs, seconds=macs / found.search.macs * found.search.seconds),
             reward=value,
         )
-        for share, value in zip(shares.tolist(), rewards.tolist(), strict=True)
+        for macs, value in zip(spent.tolist(), rewards.tolist(), strict=True)
     ]
 
 
