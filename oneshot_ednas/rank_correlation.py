@@ -177,6 +177,46 @@ def noise_ceiling(scores: Array, counts: Array) -> Agreement:
     return mean_agreement(list(itertools.combinations(scores, 2)), counts)
 
 
+def expected_ceiling(
+    single: Array, repeated: Array, generator: np.random.Generator, num_draws: int = 500
+) -> Agreement:
+    """The noise ceiling of all items, of which only some were trained with several seeds.
+
+    Those may by chance be more or less alike than all are. So the noise is taken from them and
+    the spread from all: scores are drawn towards their mean until noise and spread add up to what
+    was seen, and pairs of trainings are drawn by adding normal noise twice.
+
+    Args:
+        single: one training of every item: [items].
+        repeated: trainings of some of them: [seeds, repeated items].
+        generator: of the noise.
+        num_draws: pairs of trainings.
+
+    Returns:
+        The mean over the draws; its interval is the spread of single pairs.
+
+    Raises:
+        ValueError: if there are fewer than two seeds or two repeated items.
+    """
+    seeds, items = repeated.shape
+    if min(seeds, items) < 2:
+        raise ValueError(f"expected 2 seeds and 2 items or more, got {seeds} and {items}")
+    # What all items of a seed have in common changes no ranking.
+    rest = repeated - repeated.mean(1, keepdims=True)
+    rest = rest - rest.mean(0)
+    noise = (rest**2).sum() / ((seeds - 1) * (items - 1))
+    spread = single.var(ddof=1)
+    kept = np.sqrt(max(0.0, 1 - noise / spread)) if spread > 0 else 0.0
+    truth = single.mean() + kept * (single - single.mean())
+    once = np.ones((1, len(single)))
+    drawn = truth + np.sqrt(noise) * generator.normal(size=(num_draws, 2, len(single)))
+    values = {
+        name: np.array([float(statistic(a, b, once)[0]) for a, b in drawn])
+        for name, statistic in STATISTICS.items()
+    }
+    return Agreement({name: np.append(one.mean(), one) for name, one in values.items()})
+
+
 def estimate(values: Array) -> Estimate:
     """The first value, and the interval of the others; those that are not defined are left out."""
     rest = values[1:][np.isfinite(values[1:])]

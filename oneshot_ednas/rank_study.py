@@ -21,6 +21,7 @@ from oneshot_ednas.rank_correlation import (
     Array,
     Estimate,
     agreement,
+    expected_ceiling,
     group_means,
     noise_ceiling,
     rank_differences,
@@ -217,6 +218,9 @@ def rank_results(
         if per_seed:
             by_seed = np.array([table[target] for table in per_seed])
             found["noise_ceiling"] = noise_ceiling(by_seed, mean_counts)
+            found["expected_ceiling_of_all"] = expected_ceiling(
+                values, by_seed, numpy_generator(seed, "ceiling", target)
+            )
             ratio = found["supernet"].over(found["noise_ceiling"])
             found["supernet_on_mean_of_seeds"] = agreement(
                 supernet[target][is_repeated], by_seed.mean(0), mean_counts
@@ -325,7 +329,8 @@ def markdown(results: Mapping[str, Any]) -> str:
     ]
     repeated = (
         f"the noise ceiling is the mean agreement of two single trainings of "
-        f"{results['num_repeated']} of them with {results['num_seeds']} seeds"
+        f"{results['num_repeated']} of them with {results['num_seeds']} seeds, and the expected "
+        f"one of all is drawn with the noise of these and the spread of all"
         if results["num_repeated"]
         else "no architecture was trained with several seeds, so there is no noise ceiling"
     )

@@ -7,20 +7,11 @@ import torch
 
 from oneshot_ednas.architecture import Architecture
 from oneshot_ednas.data.packed import PackedSplit
-from oneshot_ednas.data.transforms import AugmentConfig
 from oneshot_ednas.derive import DerivedArchitecture
-from oneshot_ednas.models.network import Network, inherit_weights, recalibrate_bn
-from oneshot_ednas.retrain import RetrainConfig, StandAloneTraining
+from oneshot_ednas.models.network import Network, derived_network, recalibrate_bn
 from oneshot_ednas.reward import reward
 from oneshot_ednas.tasks import Task
-from oneshot_ednas.training import (
-    Metrics,
-    OptimizerConfig,
-    accuracy_of,
-    calibration_images,
-    evaluate,
-    training_macs,
-)
+from oneshot_ednas.training import Metrics, accuracy_of, calibration_images, evaluate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,13 +23,6 @@ class DeriveConfig:
     num_samples: int = 24
     """Further candidates drawn by alpha inside the target: after a short search the most probable
     architectures are near copies of each other, and alpha is less sure than their order says."""
-    adaptation_steps: int = 20
-    """Training steps of each candidate, from its inherited weights, before it is scored; 0 scores
-    them as they are. Weights that serve all architectures make them look more alike than they
-    are; a few steps of their own show much of the difference."""
-    adaptation_batch_size: int = 16
-    adaptation: OptimizerConfig = OptimizerConfig(learning_rate=4e-3, warmup_fraction=0.25)
-    """The optimizer of these steps."""
     calibration_batches: int = 8
     """Batches behind the BN statistics of each candidate."""
     batch_size: int = 32
@@ -46,26 +30,23 @@ class DeriveConfig:
     """Points of the Pareto front in the report."""
 
     def __post_init__(self) -> None:
-        """Counts are positive; there may be no samples and no adaptation."""
-        least = dict.fromkeys(("num_samples", "adaptation_steps"), 0)
-        for name in ("num_candidates", "adaptation_batch_size", "calibration_batches"):
-            least[name] = 1
-        for name, smallest in (least | {"batch_size": 1, "num_budgets": 1}).items():
-            if getattr(self, name) < smallest:
-                raise ValueError(f"{name}: expected at least {smallest}, got {getattr(self, name)}")
+        """Counts are positive, or 0 for no samples."""
+        if self.num_samples < 0:
+            raise ValueError(f"num_samples: expected 0 or more, got {self.num_samples}")
+        for name in ("num_candidates", "calibration_batches", "batch_size", "num_budgets"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
 
-    def scoring_macs(self, forward_macs: int, num_training: int, num_validation: int) -> float:
-        """Multiply-adds of one score: adaptation, BN statistics, validation.
+    def scoring_macs(self, forward_macs: int, num_calibration: int, num_validation: int) -> int:
+        """Multiply-adds of one score: forward passes for BN statistics and validation.
 
         Args:
             forward_macs: of the candidate, for one image.
-            num_training: frames of the split that it adapts to.
+            num_calibration: frames of the split behind the BN statistics.
             num_validation: frames that it is scored on.
         """
-        calibration = self.calibration_batches * min(self.batch_size, num_training)
-        batch = min(self.adaptation_batch_size, num_training)
-        adaptation = training_macs(forward_macs, self.adaptation_steps * batch)
-        return adaptation + forward_macs * (calibration + num_validation)
+        batches = self.calibration_batches * min(self.batch_size, num_calibration)
+        return forward_macs * (batches + num_validation)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,40 +72,17 @@ def score_with_supernet(
 ) -> Metrics:
     """Metrics of an architecture with inherited weights and BN statistics of its own.
 
-    The supernet stays as it is, also where the inherited weights adapt.
-
     Args:
         supernet: the trained supernet.
         architecture: what to score.
         tasks: the tasks.
-        calibration: frames for adaptation and BN statistics: the weight split.
+        calibration: images for the BN statistics: the weight split.
         validation: what is scored on.
-        config: adaptation, batches and their size.
-        seed: of the order of the frames.
+        config: batches and their size.
+        seed: of the calibration images.
         device: where to compute.
-
-    Raises:
-        RuntimeError: if a loss of the adaptation is not finite.
     """
-    training = StandAloneTraining(
-        RetrainConfig(
-            steps=max(config.adaptation_steps, 1),
-            batch_size=min(config.adaptation_batch_size, len(calibration)),
-            optimizer=config.adaptation,
-        ),
-        supernet.space,
-        architecture,
-        tasks,
-        calibration,
-        stage="adaptation",
-        augmentation=AugmentConfig(),
-        seed=seed,
-        device=device,
-    )
-    network = training.network
-    inherit_weights(network, supernet, architecture)
-    for step in range(config.adaptation_steps):
-        training.take_step(step)
+    network = derived_network(supernet, architecture)
     images = calibration_images(
         calibration,
         num_batches=config.calibration_batches,

@@ -28,6 +28,10 @@ from oneshot_ednas.store import load_checkpoint, previous_checkpoint
 COMMANDS = [
     ("run",),
     ("demo",),
+    ("evolve",),
+    ("benchmark",),
+    ("rank",),
+    ("compare",),
     ("search",),
     ("derive",),
     ("retrain",),

@@ -13,6 +13,7 @@ from oneshot_ednas.rank_correlation import (
     Estimate,
     agreement,
     estimate,
+    expected_ceiling,
     group_means,
     mean_agreement,
     noise_ceiling,
@@ -207,3 +208,27 @@ def test_an_overrated_option_is_found():
     honest = rank_differences(truth + generator.normal(size=100), truth)
     one = group_means(honest, {"member": is_member}, counts)["member"]
     assert one.low < 0 < one.high
+
+
+def test_the_expected_ceiling_of_normal_scores_is_that_of_their_correlation():
+    rng = np.random.default_rng(0)
+    truth, few = rng.normal(size=400), rng.normal(size=60)
+    noise, offsets = 0.5, np.array([[0.0], [3.0], [-2.0]])
+    single = truth + noise * rng.normal(size=400)
+    repeated = few + noise * rng.normal(size=(3, 60)) + offsets
+    found = expected_ceiling(single, repeated, rng).estimates()["kendall_tau"]
+    correlation = 1 / (1 + noise**2)
+    assert found.value == pytest.approx(2 / math.pi * math.asin(correlation), abs=0.04)
+    assert found.low < found.value < found.high
+
+
+def test_the_expected_ceiling_is_one_without_noise_and_none_without_spread():
+    rng, single = np.random.default_rng(0), np.arange(30.0)
+    same = np.stack([single[:8]] * 2)
+    found = expected_ceiling(single, same, rng).estimates()
+    assert all(one.value == 1 for one in found.values())
+    noise = rng.normal(size=(2, 8))
+    flat = expected_ceiling(np.full(30, 2.0), noise, rng).estimates()["kendall_tau"]
+    assert abs(flat.value) < 0.05
+    with pytest.raises(ValueError, match="expected 2 seeds and 2 items or more, got 1 and 8"):
+        expected_ceiling(single, same[:1], rng)

@@ -42,14 +42,7 @@ search:
   steps: 6
   batch_size: 4
   loop: {log_every: 1, checkpoint_every: 2}
-derive:
-  num_candidates: 2
-  num_samples: 2
-  adaptation_steps: 1
-  adaptation_batch_size: 4
-  calibration_batches: 2
-  batch_size: 8
-  num_budgets: 4
+derive: {num_candidates: 2, num_samples: 2, calibration_batches: 2, batch_size: 8, num_budgets: 4}
 retrain:
   steps: 5
   batch_size: 4
