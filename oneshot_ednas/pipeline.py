@@ -7,7 +7,7 @@ import datetime
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import as_completed
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -42,6 +42,7 @@ from oneshot_ednas.training import (
     Interrupted,
     Metrics,
     StageLog,
+    derived_seed,
     evaluate,
     note,
     numpy_generator,
@@ -65,6 +66,11 @@ class Run(Experiment, ABC):
     def find(self) -> None:
         """Find the architecture to retrain, where that is not done."""
 
+    @property
+    @abstractmethod
+    def _find_command(self) -> str:
+        """The command that finds it, for messages."""
+
     @abstractmethod
     def _search_figures(self) -> dict[str, Any]:
         """What the results tell of the search."""
@@ -85,26 +91,30 @@ class Run(Experiment, ABC):
         trainings += [(one, f"baseline.{name}", 0) for name, one in self.baselines.items()]
         for _, stage, _ in trainings:
             self._take_in(stage)  # what a stopped run on workers left
-        if self.workers.count == 1:
-            for training in trainings:
-                self._train(*training)
+        trainings = [training for training in trainings if not self._is_trained(training[1])]
+        if isinstance(self.workers.executor, SerialExecutor):
+            for architecture, stage, number in trainings:
+                with self.timed(stage) as add_time:
+                    self.train_network(architecture, stage, number, self.files.folder, add_time)
         else:
             self._train_on_workers(trainings)
 
-    def _train(self, architecture: Architecture, stage: str, number: int) -> Network:
-        with self.timed(stage):
-            return self.train_network(architecture, stage, number, self.files.folder)
-
     def train_network(
-        self, architecture: Architecture, stage: str, number: int, log_folder: Path
+        self,
+        architecture: Architecture,
+        stage: str,
+        number: int,
+        log_folder: Path,
+        on_save: Callable[[], None] = lambda: None,
     ) -> Network:
         """Train one network, or read it back.
 
         Args:
             architecture: what to train.
             stage: name of the training, for example `retrain.seed_0`.
-            number: added to the run's seed.
+            number: of the seed: 0 is the run's own, others are derived from it.
             log_folder: where the log goes.
+            on_save: called after each checkpoint.
 
         Raises:
             Interrupted: after Ctrl-C, once the checkpoint is written.
@@ -120,21 +130,21 @@ class Run(Experiment, ABC):
             folder=log_folder,
             checkpoint=self.files.checkpoint(stage),
             augmentation=self.config.data.augment,
-            seed=self.config.seed + number,
+            # Not the next whole number, which is the seed of the next run.
+            seed=derived_seed(self.config.seed, "retrain", number) if number else self.config.seed,
             device=self.device,
+            on_save=on_save,
         )
 
     def _train_on_workers(self, trainings: Sequence[tuple[Architecture, str, int]]) -> None:
-        """Train the networks that are left, several at a time, each with a log of its own.
+        """Train networks, several at a time, each with a log of its own.
 
         Raises:
             Interrupted: after Ctrl-C.
         """
-        folder = self.files.folder.absolute()
         futures = {
-            self.workers.executor.submit(train_job, folder, *training): training[1]
+            self.workers.executor.submit(train_job, self.files.folder, *training): training[1]
             for training in trainings
-            if not self._is_trained(training[1])
         }
         try:
             with progress_bar("trainings", len(futures)) as advance:
@@ -206,7 +216,9 @@ class Run(Experiment, ABC):
             "search_seconds": search_seconds,
             "retrain_macs": training_macs(self.macs(architecture), frames),
             "retrain_seconds": sum(
-                seconds[f"retrain.seed_{number}"] for number in range(config.num_seeds)
+                # A kill right after the last checkpoint loses the time of short trainings.
+                seconds.get(f"retrain.seed_{number}", 0.0)
+                for number in range(config.num_seeds)
             ),
         }
 
@@ -266,8 +278,7 @@ class Run(Experiment, ABC):
     def _derived_architecture(self) -> Architecture:
         if not self.files.architecture.exists():
             raise ValueError(
-                f"{self.files.folder} has no derived architecture yet; run "
-                f"oneshot-ednas derive {self.files.folder}"
+                f"{self.files.folder} has no derived architecture yet; run {self._find_command}"
             )
         architecture = Architecture.load(self.files.architecture)
         self.space.check(architecture)
@@ -283,7 +294,7 @@ class Run(Experiment, ABC):
             raise ValueError(
                 f"{stage} is not trained to its end; run oneshot-ednas retrain {self.files.folder}"
             )
-        return self._train(architecture, stage, number)
+        return self.train_network(architecture, stage, number, self.files.folder)
 
     def _is_trained(self, stage: str) -> bool:
         path = self.files.checkpoint(stage)
@@ -301,6 +312,10 @@ class Run(Experiment, ABC):
 
 class OneShotRun(Run):
     """The architecture comes from one supernet."""
+
+    @property
+    def _find_command(self) -> str:
+        return f"oneshot-ednas derive {self.files.folder}"
 
     def find(self) -> None:
         """Search, then derive."""
@@ -346,19 +361,28 @@ class OneShotRun(Run):
         )
         if self.target_ms >= self.costs.max_latency_ms:
             note("search: warning: every architecture is inside this target; it asks for nothing")
-        with self.timed("search"):
-            search.run(self.files.folder, self.files.checkpoint("search"), self._validate)
+        with self.timed("search") as add_time:
+            search.run(self.files.folder, self.files.checkpoint("search"), self._validate, add_time)
         for alarm in search.alarms():
             note(f"search: warning: {alarm}")
 
-    def _validate(self) -> dict[str, float]:
-        """Scores, with supernet weights, of the most probable architecture inside the target."""
+    def _validate(self) -> tuple[dict[str, float], float]:
+        """Scores, with supernet weights, of the most probable architecture inside the target.
+
+        Returns:
+            Scores by name, and the multiply-adds of scoring.
+        """
         found = BudgetSearch(self.one_shot.alpha, self.costs).best(self.target_ms, 1)
         (candidate,) = self._rank(found)
         values = {"validation/reward": candidate.reward}
         for task, metrics in candidate.metrics.items():
             values |= {f"validation/{task}/{name}": value for name, value in metrics.items()}
-        return values
+        return values, self._scoring_macs(candidate.derived.architecture)
+
+    def _scoring_macs(self, architecture: Architecture) -> float:
+        """Multiply-adds of one score with supernet weights."""
+        num_frames = [len(self.indices[name]) for name in ("weights", "validation")]
+        return float(self.config.derive.scoring_macs(self.macs(architecture), *num_frames))
 
     def _rank(self, found: Sequence[DerivedArchitecture]) -> list[Candidate]:
         return rank_candidates(
@@ -531,18 +555,15 @@ class OneShotRun(Run):
         }
 
     def _search_cost(self) -> tuple[float | None, float]:
-        """The supernet's training and the scoring of candidates."""
-        num_frames = len(self.part("weights")), len(self.part("validation"))
+        """The supernet's training and validation, and the scoring of candidates."""
         candidates = read_json(self.files.candidates)["candidates"]
         ranking = sum(
-            self.config.derive.scoring_macs(
-                self.macs(Architecture.from_json(candidate["architecture"])), *num_frames
-            )
+            self._scoring_macs(Architecture.from_json(candidate["architecture"]))
             for candidate in candidates
         )
         # A supernet trained by an older version did not count.
         macs = None if math.isnan(self.one_shot.macs) else self.one_shot.macs + ranking
-        return macs, self.seconds["search"] + self.seconds["derive"]
+        return macs, sum(self.seconds.get(stage, 0.0) for stage in ("search", "derive"))
 
 
 class MultiTrialRun(Run):
@@ -555,6 +576,10 @@ class MultiTrialRun(Run):
         super().__init__(config, folder, is_reopened=is_reopened)
         self.trainer()  # refuses what no trial could do
 
+    @property
+    def _find_command(self) -> str:
+        return f"oneshot-ednas evolve CONFIG --out {self.files.folder} --resume"
+
     def find(self) -> None:
         """Run the trials that are left, and keep the best architecture."""
         if self.files.architecture.exists():
@@ -566,7 +591,7 @@ class MultiTrialRun(Run):
             f"{self.workers.count} at a time, target {self.target_ms:g} ms"
         )
         with self.timed("search"), TrialStore(self.files.trials) as store:
-            train = partial(run_trial, self.files.folder.absolute())
+            train = partial(run_trial, self.files.folder)
             MultiTrialSearch(self, store, train).run(self.workers)
         keep_pick(self, store.trials.values())
 
@@ -593,11 +618,16 @@ def train_job(folder: Path, architecture: Architecture, stage: str, number: int)
     one = _reopened(folder)
     part = one.files.stage(stage)
     part.mkdir(parents=True, exist_ok=True)
-    began = time.perf_counter()
+    path, began = part / "seconds.json", time.perf_counter()
+    before = read_json(path) if path.exists() else 0.0  # of a process that died
+
+    def write_time() -> None:
+        write_json(path, before + time.perf_counter() - began)
+
     try:
-        one.train_network(architecture, stage, number, part)
+        one.train_network(architecture, stage, number, part, write_time)
     finally:
-        write_json(part / "seconds.json", time.perf_counter() - began)
+        write_time()
 
 
 @lru_cache(maxsize=1)

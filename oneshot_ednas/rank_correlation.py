@@ -130,11 +130,16 @@ class Agreement:
         return {name: estimate(values) for name, values in self.values.items()}
 
     def over(self, ceiling: "Agreement") -> dict[str, Estimate]:
-        """Each statistic as a share of a ceiling, resampled independently of it."""
-        return {
-            name: estimate(_ratio(values, ceiling.values[name]))
-            for name, values in self.values.items()
-        }
+        """Each statistic as a share of a ceiling, resampled independently of it.
+
+        Where the ceiling has fewer resamples, they are used again.
+        """
+        found = {}
+        for name, values in self.values.items():
+            first, rest = ceiling.values[name][:1], ceiling.values[name][1:]
+            below = np.append(first, np.resize(rest, len(values) - 1))
+            found[name] = estimate(_ratio(values, below))
+        return found
 
 
 def agreement(a: Array, b: Array, counts: Array) -> Agreement:
@@ -178,22 +183,32 @@ def noise_ceiling(scores: Array, counts: Array) -> Agreement:
 
 
 def expected_ceiling(
-    single: Array, repeated: Array, generator: np.random.Generator, num_draws: int = 500
+    single: Array,
+    repeated: Array,
+    generator: np.random.Generator,
+    *,
+    num_pairs: int = 200,
+    num_resamples: int = 200,
+    pairs_per_resample: int = 8,
 ) -> Agreement:
     """The noise ceiling of all items, of which only some were trained with several seeds.
 
     Those may by chance be more or less alike than all are. So the noise is taken from them and
     the spread from all: scores are drawn towards their mean until noise and spread add up to what
-    was seen, and pairs of trainings are drawn by adding normal noise twice.
+    was seen, and pairs of trainings are drawn by adding normal noise twice. Resamples draw the
+    items of both, before noise and spread are measured.
 
     Args:
         single: one training of every item: [items].
         repeated: trainings of some of them: [seeds, repeated items].
-        generator: of the noise.
-        num_draws: pairs of trainings.
+        generator: of the noise and the resamples.
+        num_pairs: pairs of trainings behind the value.
+        num_resamples: how often the items are drawn again.
+        pairs_per_resample: pairs of trainings behind each; what chance is left in their mean
+            makes the interval a little wider.
 
     Returns:
-        The mean over the draws; its interval is the spread of single pairs.
+        The mean over the pairs, and that of each resample.
 
     Raises:
         ValueError: if there are fewer than two seeds or two repeated items.
@@ -201,6 +216,19 @@ def expected_ceiling(
     seeds, items = repeated.shape
     if min(seeds, items) < 2:
         raise ValueError(f"expected 2 seeds and 2 items or more, got {seeds} and {items}")
+    found = [_simulated(single, repeated, generator, num_pairs)]
+    for _ in range(num_resamples):
+        drawn = single[generator.integers(len(single), size=len(single))]
+        again = repeated[:, generator.integers(items, size=items)]
+        found.append(_simulated(drawn, again, generator, pairs_per_resample))
+    return Agreement({name: np.array([one[name] for one in found]) for name in STATISTICS})
+
+
+def _simulated(
+    single: Array, repeated: Array, generator: np.random.Generator, num_pairs: int
+) -> dict[str, float]:
+    """Mean statistics of drawn pairs of trainings, see `expected_ceiling`."""
+    seeds, items = repeated.shape
     # What all items of a seed have in common changes no ranking.
     rest = repeated - repeated.mean(1, keepdims=True)
     rest = rest - rest.mean(0)
@@ -209,12 +237,11 @@ def expected_ceiling(
     kept = np.sqrt(max(0.0, 1 - noise / spread)) if spread > 0 else 0.0
     truth = single.mean() + kept * (single - single.mean())
     once = np.ones((1, len(single)))
-    drawn = truth + np.sqrt(noise) * generator.normal(size=(num_draws, 2, len(single)))
-    values = {
-        name: np.array([float(statistic(a, b, once)[0]) for a, b in drawn])
+    drawn = truth + np.sqrt(noise) * generator.normal(size=(num_pairs, 2, len(single)))
+    return {
+        name: float(np.mean([statistic(a, b, once)[0] for a, b in drawn]))
         for name, statistic in STATISTICS.items()
     }
-    return Agreement({name: np.append(one.mean(), one) for name, one in values.items()})
 
 
 def estimate(values: Array) -> Estimate:

@@ -1,16 +1,18 @@
 """Rank correlation of a supernet: its scores against stand-alone trainings of a benchmark."""
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from oneshot_ednas.architecture import Architecture
+from oneshot_ednas.benchmark.build import data_digests
 from oneshot_ednas.benchmark.table import Benchmark
 from oneshot_ednas.config import ExperimentConfig
 from oneshot_ednas.deploy import file_digest
@@ -28,7 +30,8 @@ from oneshot_ednas.rank_correlation import (
     resample_counts,
 )
 from oneshot_ednas.ranking import score_with_supernet
-from oneshot_ednas.report.plots import CYCLE, GREY, PANEL_INCHES, PIXELS_PER_INCH, STYLE
+from oneshot_ednas.report.markup import markdown_table
+from oneshot_ednas.report.plots import CYCLE, GREY, PANEL_INCHES, STYLE, draw_panels, to_png
 from oneshot_ednas.reward import reward
 from oneshot_ednas.run_folder import Experiment, RunFiles
 from oneshot_ednas.schema import load_yaml, read_json
@@ -52,6 +55,8 @@ from oneshot_ednas.training import (
 
 MIN_ARCHITECTURES = 4
 """Below this there is nothing to rank."""
+CEILING = "expected_ceiling_of_all"
+RATIO = "supernet_over_expected_ceiling"
 TITLES = {
     "kendall_tau": "Kendall tau",
     "spearman": "Spearman",
@@ -81,7 +86,7 @@ def open_search(experiment: Experiment, folder: Path) -> OneShotSearch:
     ours = experiment.config
     same = {
         "space": SearchSpace.load(files.space) == experiment.space,
-        "data": read_json(files.data) == _digests(experiment),
+        "data": read_json(files.data) == data_digests(experiment),
         "splits (search.splits, split_seed, seed)": read_json(files.splits) == _sources(experiment),
         "tasks": config.tasks == ours.tasks,
     }
@@ -104,10 +109,6 @@ def open_search(experiment: Experiment, folder: Path) -> OneShotSearch:
     )
     resume_search(search, checkpoint)
     return search
-
-
-def _digests(experiment: Experiment) -> dict[str, str]:
-    return {split.name: split.digest() for split in (experiment.train, experiment.test)}
 
 
 def _sources(experiment: Experiment) -> dict[str, list[str]]:
@@ -169,13 +170,24 @@ def supernet_scores(
 
 
 def rank_results(
-    benchmark: Benchmark, scores: Mapping[Architecture, Metrics], experiment: Experiment
+    benchmark: Benchmark,
+    scores: Mapping[Architecture, Metrics],
+    experiment: Experiment,
+    *,
+    scored: Mapping[str, Any],
 ) -> dict[str, Any]:
     """All statistics of supernet scores against the stand-alone trainings of a benchmark.
 
     The scores of all architectures are compared with single trainings (those of the first seed),
     as the noise ceiling compares single trainings; and, over the repeated architectures, with the
-    mean of their seeds.
+    mean of their seeds. A share of the ceiling is that of the one expected of all architectures.
+
+    Args:
+        benchmark: the stand-alone trainings.
+        scores: with supernet weights.
+        experiment: the study.
+        scored: what the scores are of: `run`, `search_step`, `search_steps`, and the file name of
+            the `benchmark` or None.
 
     Returns:
         What `rank.json` holds, see the README.
@@ -218,20 +230,22 @@ def rank_results(
         if per_seed:
             by_seed = np.array([table[target] for table in per_seed])
             found["noise_ceiling"] = noise_ceiling(by_seed, mean_counts)
-            found["expected_ceiling_of_all"] = expected_ceiling(
+            found[CEILING] = expected_ceiling(
                 values, by_seed, numpy_generator(seed, "ceiling", target)
             )
-            ratio = found["supernet"].over(found["noise_ceiling"])
+            ratio = found["supernet"].over(found[CEILING])
             found["supernet_on_mean_of_seeds"] = agreement(
                 supernet[target][is_repeated], by_seed.mean(0), mean_counts
             )
         found |= {name: agreement(row, values, counts) for name, row in predictors.items()}
         rows = {name: one.estimates() for name, one in found.items()}
         if ratio is not None:
-            rows["supernet_over_ceiling"] = ratio
+            # The best few are drawn with too much chance for a ratio.
+            rows[RATIO] = {name: ratio[name] for name in ("kendall_tau", "spearman")}
         targets[target] = {name: _plain(row) for name, row in rows.items()}
     differences = rank_differences(supernet["accuracy"], alone["accuracy"])
     return {
+        **scored,
         "num_architectures": len(entries),
         "num_repeated": len(names) if per_seed else 0,
         "num_seeds": len(per_seed) or 1,
@@ -314,7 +328,9 @@ def correlation_rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
     rows = [("score", "ranked by", *TITLES.values())]
     for target, found in results["targets"].items():
         for name, row in found.items():
-            cells = [str(Estimate(**row[statistic])) for statistic in TITLES]
+            cells = [
+                str(Estimate(**row[statistic])) if statistic in row else "" for statistic in TITLES
+            ]
             rows.append((target, name.replace("_", " "), *cells))
     return rows
 
@@ -322,8 +338,9 @@ def correlation_rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
 def markdown(results: Mapping[str, Any]) -> str:
     """The correlations and the bias per option as Markdown tables."""
     mean = results["mean_accuracy"]
-    bias = [("block", "choice", "option", "architectures", "rank difference")]
-    bias += [
+    head, *rows = correlation_rows(results)
+    bias_head = ("block", "choice", "option", "architectures", "rank difference")
+    bias = [
         (str(row["block"]), row["field"], str(row["option"]), str(row["count"]), _signed(row))
         for row in results["bias"]
     ]
@@ -342,12 +359,12 @@ def markdown(results: Mapping[str, Any]) -> str:
         f"over architectures. Mean accuracy product: {mean['supernet']:.4f} with supernet weights "
         f"(search step {results['search_step']} of {results['search_steps']}), "
         f"{mean['stand_alone']:.4f} stand-alone.\n\n"
-        f"{_markdown_table(correlation_rows(results))}\n"
+        f"{markdown_table(head, rows)}\n\n"
         f"## Bias\n\n"
         f"Mean of (rank with supernet weights - stand-alone rank) / architectures, by accuracy "
         f"product, over the architectures that have an option: above 0 the supernet overrates "
         f"it.\n\n"
-        f"{_markdown_table(bias)}"
+        f"{markdown_table(bias_head, bias)}\n"
     )
 
 
@@ -357,39 +374,31 @@ def _signed(row: Mapping[str, Any]) -> str:
     return f"{row['value']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
 
 
-def _markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]) + "\n"
-
-
 def scatter_plot(results: Mapping[str, Any]) -> bytes:
     """Supernet score against stand-alone training, one panel per score, as PNG."""
     rows, targets = results["architectures"], results["targets"]
     size = np.array([row["multiply_adds"] for row in rows]) / 1e6
+
+    def draw(axes: Axes, target: str) -> None:
+        found = targets[target]
+        # Errors are kept negated, so that higher is better; they are drawn as they are.
+        x, y = (np.abs([row[kind][target] for row in rows]) for kind in ("stand_alone", "supernet"))
+        axes.scatter(x, y, c=size, s=14, cmap="viridis", linewidths=0)
+        title = f"{target}\ntau {Estimate(**found['supernet']['kendall_tau'])}"
+        if CEILING in found:
+            ceiling = found[CEILING]["kendall_tau"]["value"]
+            title += "" if ceiling is None else f", expected ceiling {ceiling:.2f}"
+        axes.set_title(title, fontsize=9)
+        axes.set_xlabel("stand-alone, first seed")
+        axes.set_ylabel("supernet weights")
+
+    figure, grid = draw_panels(
+        {target: partial(draw, target=target) for target in targets}, columns=min(3, len(targets))
+    )
     with rc_context(STYLE):
-        columns = min(3, len(targets))
-        lines = -(-len(targets) // columns)
-        figure = Figure(
-            figsize=(columns * PANEL_INCHES[0], lines * PANEL_INCHES[1]), layout="constrained"
-        )
-        grid = list(figure.subplots(lines, columns, squeeze=False).flat)
-        for axes, (target, found) in zip(grid, targets.items(), strict=False):
-            # Errors are kept negated, so that higher is better; they are drawn as they are.
-            x, y = (
-                np.abs([row[kind][target] for row in rows]) for kind in ("stand_alone", "supernet")
-            )
-            points = axes.scatter(x, y, c=size, s=14, cmap="viridis", linewidths=0)
-            title = f"{target}\ntau {Estimate(**found['supernet']['kendall_tau'])}"
-            if "noise_ceiling" in found:
-                ceiling = found["noise_ceiling"]["kendall_tau"]["value"]
-                title += "" if ceiling is None else f", noise ceiling {ceiling:.2f}"
-            axes.set_title(title, fontsize=9)
-            axes.set_xlabel("stand-alone, first seed")
-            axes.set_ylabel("supernet weights")
-        for axes in grid[len(targets) :]:
-            axes.set_visible(False)
+        points = grid[0].collections[0]
         figure.colorbar(points, ax=grid, label="million multiply-adds", shrink=0.8)
-        return _png(figure)
+        return to_png(figure)
 
 
 def bias_plot(bias: Sequence[Mapping[str, Any]]) -> bytes:
@@ -428,10 +437,4 @@ def bias_plot(bias: Sequence[Mapping[str, Any]]) -> bytes:
             axes.set_title(f"{field.replace('_', ' ')}: rank with supernet weights - stand-alone")
             axes.set_xticks(blocks)
             axes.set_xlabel("block")
-        return _png(figure)
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=PIXELS_PER_INCH)
-    return buffer.getvalue()
+        return to_png(figure)

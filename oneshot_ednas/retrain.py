@@ -1,6 +1,6 @@
 """Train one network from scratch: a derived one, the base network, any architecture."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,8 @@ class RetrainConfig:
     steps: int
     batch_size: int
     num_seeds: int = 1
-    """Trainings of the derived network, with seeds seed, seed + 1, ...; results are averaged."""
+    """Trainings of the derived network; results are averaged. The first has the run's seed, the
+    others seeds derived from it, so that runs of seeds 0, 1, ... have no training in common."""
     optimizer: OptimizerConfig = OptimizerConfig()
     calibration_batches: int = 16
     """Batches behind the final BN statistics, which a running average of few steps gets wrong."""
@@ -177,6 +178,7 @@ def retrain(
     augmentation: AugmentConfig,
     seed: int,
     device: torch.device,
+    on_save: Callable[[], None] = lambda: None,
 ) -> Network:
     """Train an architecture's network from scratch, or go on from its checkpoint.
 
@@ -192,6 +194,7 @@ def retrain(
         augmentation: of the batches.
         seed: of weights, order and augmentation.
         device: where to train.
+        on_save: called after each checkpoint.
 
     Returns:
         The trained network with recalibrated BN statistics.
@@ -220,6 +223,7 @@ def retrain(
         if done == config.steps:
             training.recalibrate()
         save_checkpoint(checkpoint, training.state_dict(done))
+        on_save()
 
     def describe(values: Mapping[str, float]) -> str:
         return "  ".join(

@@ -42,6 +42,11 @@ class RunFiles:
     """Where a run keeps things."""
 
     folder: Path
+    """Absolute: workers may run in another folder."""
+
+    def __post_init__(self) -> None:
+        """Keep the folder as an absolute path."""
+        object.__setattr__(self, "folder", self.folder.absolute())
 
     @property
     def config(self) -> Path:
@@ -143,8 +148,8 @@ class Problem:
         if self.table.header.held_out_mape is None and not config.latency.allow_uncalibrated:
             raise ValueError(
                 f"the error of {self.table.name} on whole networks is unknown (its header has no "
-                f"held_out_mape); use a calibrated table, or go on with --allow-uncalibrated "
-                f"(latency.allow_uncalibrated: true in the config)"
+                f"held_out_mape); use a calibrated table, or go on with --allow-uncalibrated or, "
+                f"where a command lacks it, --set latency.allow_uncalibrated=true"
             )
         self.costs: SpaceCosts = self.table.costs(self.space, self.out_channels)
         self.target_ms = config.latency.target_ms
@@ -203,19 +208,29 @@ class Problem:
         return path.read_text(encoding="utf-8")
 
     @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        """Add the time of a block to a stage, also when it is interrupted."""
-        began = time.perf_counter()
+    def timed(self, stage: str) -> Iterator[Callable[[], None]]:
+        """Add the time of a block to a stage, also when it is interrupted.
+
+        Gives what adds the time so far: a kill loses no more than what came after.
+        """
+        last = time.perf_counter()
+
+        def add() -> None:
+            nonlocal last
+            now = time.perf_counter()
+            self.add_seconds(stage, now - last)
+            last = now
+
         try:
-            yield
+            yield add
         finally:
-            self.add_seconds(stage, time.perf_counter() - began)
+            add()
 
     def add_seconds(self, stage: str, spent: float) -> None:
         """Add to the time of a stage."""
         seconds = self.seconds
         spent += seconds.get(stage, 0.0)
-        write_json(self.files.seconds, seconds | {stage: round(spent, 2)})
+        write_json(self.files.seconds, seconds | {stage: round(spent, 4)})
 
     @property
     def seconds(self) -> dict[str, float]:

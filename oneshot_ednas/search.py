@@ -215,7 +215,8 @@ class OneShotSearch:
         self.collapsed: dict[str, int] = {}
         """Choices that lost their entropy in the first half of the search, with the step."""
         self.macs = 0.0
-        """Multiply-adds so far, see `training_macs`; NaN after a checkpoint that did not count."""
+        """Multiply-adds of training and validation so far, see `training_macs`; NaN after a
+        checkpoint that did not count."""
         self._relaxed_macs = relaxed_macs(space, self._image_size, self.out_channels)
         self.step = 0
         self.supernet.train()
@@ -265,15 +266,20 @@ class OneShotSearch:
         torch.set_rng_state(state["torch_random_state"])
 
     def run(
-        self, folder: Path, checkpoint: Path, validate: Callable[[], Mapping[str, float]]
+        self,
+        folder: Path,
+        checkpoint: Path,
+        validate: Callable[[], tuple[Mapping[str, float], float]],
+        on_save: Callable[[], None] = lambda: None,
     ) -> None:
         """Search from the current step to the end.
 
         Args:
             folder: the run folder, for the log.
             checkpoint: the checkpoint file to write.
-            validate: scores the current alpha on held-out data; called `num_validations` times
-                after the warm-up, for the log alone.
+            validate: scores the current alpha on held-out data, and gives the multiply-adds of
+                that too; called `num_validations` times after the warm-up, for the log alone.
+            on_save: called after each checkpoint.
 
         Raises:
             Interrupted: after Ctrl-C, once the checkpoint is written.
@@ -286,10 +292,16 @@ class OneShotSearch:
             if step % (10 * self.config.loop.log_every) == 0:
                 log.histogram(step, "alpha/logits", self.alpha.logits)
             if step in validated:
-                # Batch statistics again afterwards: scoring must not leave a trace.
-                log.scalars(step, {**validate(), "validation/macs": self.macs})
+                scores, macs = validate()
+                self.macs += macs
+                log.scalars(step, {**scores, "validation/macs": self.macs})
+                # Batch statistics again: scoring must leave no trace but its cost.
                 self.supernet.train()
             return values
+
+        def save(_: int) -> None:
+            save_checkpoint(checkpoint, self.state_dict())
+            on_save()
 
         validated = self.config.validation_steps
 
@@ -297,7 +309,7 @@ class OneShotSearch:
             run_steps(
                 log,
                 take_step,
-                lambda _: save_checkpoint(checkpoint, self.state_dict()),
+                save,
                 self._describe,
                 self.config.loop,
             )

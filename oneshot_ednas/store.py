@@ -56,14 +56,21 @@ def write_json(path: Path, value: object) -> None:
 
 
 def append_json_line(path: Path, row: object) -> None:
-    """Add a line to a file of JSON lines; what a crash left of a line is cut off first."""
+    """Add a line to a file of JSON lines; what a crash left of a line is cut off first.
+
+    Raises:
+        ValueError: for a non-finite number, as of `write_json`.
+    """
+    line = json.dumps(row, allow_nan=False) + "\n"
     if path.exists():
         held = path.read_bytes()
         if held and not held.endswith(b"\n"):
             write_bytes(path, held[: held.rfind(b"\n") + 1])
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+        file.write(line)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read_json_lines(path: Path, read: Callable[[Any], T]) -> list[T]:

@@ -32,7 +32,7 @@ from oneshot_ednas.tasks import Task
 Batch = dict[str, Tensor]
 Metrics = dict[str, dict[str, float]]
 
-BACKWARD_FACTOR = 3
+STEP_FACTOR = 3
 """Multiply-adds of a training step over those of its forward pass: a convolution's backward pass
 is two more convolutions of its size, one for its input and one for its weights."""
 
@@ -121,7 +121,7 @@ def choose_device(name: str) -> torch.device:
 
 def training_macs(forward_macs: int, frames: int) -> float:
     """Multiply-adds of training on this many frames: the cost that methods are compared at."""
-    return float(BACKWARD_FACTOR * forward_macs * frames)
+    return float(STEP_FACTOR * forward_macs * frames)
 
 
 # Batches, losses, evaluation ----------------------------------------------------------------
@@ -181,8 +181,8 @@ def check_finite(losses: Mapping[str, Tensor], *, where: str, run: Callable[[], 
         return
     bad = [name for name, loss in losses.items() if not bool(loss.detach().isfinite())]
     raise RuntimeError(
-        f"{where}: the loss of {', '.join(bad)} is not finite, architecture {run()}; the last "
-        f"checkpoint is kept; lower the learning rate or check the labels, then go on from it"
+        f"{where}: the loss of {', '.join(bad)} is not finite, architecture {run()}; lower the "
+        f"learning rate or check the labels"
     )
 
 
@@ -199,8 +199,8 @@ def check_gradient(norm: Tensor, *, where: str, run: Callable[[], object]) -> No
     """
     if not bool(norm.isfinite()):
         raise RuntimeError(
-            f"{where}: the gradient is not finite, architecture {run()}; the last checkpoint is "
-            f"kept; lower the learning rate or check the labels, then go on from it"
+            f"{where}: the gradient is not finite, architecture {run()}; lower the learning rate "
+            f"or check the labels"
         )
 
 
@@ -339,10 +339,11 @@ def _drop_lines_from(path: Path, stage: str, step: int) -> None:
 def take_in_log(folder: Path, part: Path, stage: str) -> None:
     """Move the lines of a stage that another process logged in a folder of its own.
 
-    TensorBoard finds its files where they are.
+    TensorBoard finds its files where they are. A last line torn by a crash is left out.
     """
     logged = part / "metrics.jsonl"
     lines = logged.read_text(encoding="utf-8")
+    lines = lines[: lines.rfind("\n") + 1]
     if lines:
         _drop_lines_from(folder / "metrics.jsonl", stage, json.loads(lines.splitlines()[0])["step"])
         with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
@@ -386,10 +387,14 @@ def run_steps(
 
     Raises:
         Interrupted: after Ctrl-C or SIGTERM, once the checkpoint is written.
+        RuntimeError: if a step fails.
     """
     with StopRequest() as stop:
         for step in range(log.start, log.total):
-            values = take_step(step)
+            try:
+                values = take_step(step)
+            except RuntimeError as error:
+                raise RuntimeError(f"{error}; the last checkpoint is kept") from error
             done = step + 1
             if step % config.log_every == 0 or done == log.total:
                 numbers = {name: float(value) for name, value in values.items()}

@@ -105,6 +105,8 @@ class RayExecutor(Executor):
         self._ray = ray
         self._is_ours = not ray.is_initialized()
         if self._is_ours:
+            # Ray's own default is to run a job that needs too much memory again for ever.
+            os.environ.setdefault("RAY_task_oom_retries", str(MAX_RETRIES))
             ray.init(
                 num_cpus=None if "RAY_ADDRESS" in os.environ else count,
                 include_dashboard=False,
@@ -137,6 +139,8 @@ class RayExecutor(Executor):
             raise error.cause from None
         except (errors.WorkerCrashedError, errors.NodeDiedError, errors.OutOfMemoryError):
             raise RuntimeError(_died()) from None
+        except errors.RayError as error:
+            raise RuntimeError(f"Ray: {error}") from None
         finally:
             self._tasks.discard(task)
         return result
@@ -156,8 +160,9 @@ def open_workers(text: str) -> Iterator[Workers]:
     """Workers as the command line names them; running jobs are abandoned on an error.
 
     Args:
-        text: `1` runs in this process, `N` in N processes with one torch thread each; `ray[:N]`
-            as Ray tasks.
+        text: `1` runs in this process, with the threads that torch has; `N` in N processes and
+            `ray[:N]` as Ray tasks, with one torch thread each. Figures are those of a serial run
+            with one thread (OMP_NUM_THREADS=1); another number of threads adds in another order.
 
     Raises:
         ValueError: for anything else, or if Ray is not installed.

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from concurrent.futures import Executor, Future
 from dataclasses import replace
 
 import numpy as np
@@ -13,15 +14,17 @@ from hypothesis import strategies as st
 from test_cli import call, good, refused
 
 from oneshot_ednas.benchmark.build import Job, Study, given_by
+from oneshot_ednas.benchmark.settings import training_differences
 from oneshot_ednas.benchmark.stratify import stratified_sample
 from oneshot_ednas.benchmark.table import Benchmark, Entry, Training
 from oneshot_ednas.config import load_config
 from oneshot_ednas.latency.operations import network_macs
 from oneshot_ednas.run_folder import Experiment
+from oneshot_ednas.schema import read_json, to_plain
 from oneshot_ednas.space import SearchSpace
 from oneshot_ednas.training import Interrupted
 from oneshot_ednas.trial_job import run_trial
-from oneshot_ednas.workers import open_workers
+from oneshot_ednas.workers import Workers, open_workers
 
 STUDY = (
     "multi_trial.steps=2",
@@ -116,8 +119,8 @@ def open_study(project, folder, overrides=STUDY, given_trainings=None) -> Study:
 
 def test_jobs_are_those_of_the_config(project, tmp_path):
     study = open_study(project, tmp_path / "study")
-    jobs = study.jobs()
-    assert jobs == study.jobs()
+    jobs = study.jobs
+    assert jobs == open_study(project, tmp_path / "study").jobs
     architectures = list(dict.fromkeys(job.architecture for job in jobs))
     assert len(architectures) == 5
     seeds = [[job.seed for job in jobs if job.architecture == one] for one in architectures]
@@ -140,8 +143,6 @@ def test_a_benchmark_holds_what_its_trainings_returned(study_folder, project):
     assert held.repeated == held.entries[:2]
     assert (held.steps, held.batch_size, held.image_size) == (2, 4, (32, 32))
     assert list(held.tasks) == ["segmentation", "depth"]
-    assert held.made["command"].startswith("oneshot-ednas ")
-    assert {"torch", "numpy", "python"} <= set(held.made["versions"])
     entry = held.entries[1]
     again = run_trial(study_folder, entry.architecture, 4, (1, 2), True)
     training = entry.trainings[1]
@@ -165,7 +166,8 @@ def test_a_study_goes_on_where_it_was_cut(study_folder, project, tmp_path, monke
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:3]) + lines[3][:50])  # as a crash leaves it
     (out / "benchmark.json").unlink()
-    assert "goes on" not in refused("benchmark", project / "config.yaml", "--out", out, *SETTINGS)
+    message = refused("benchmark", project / "config.yaml", "--out", out, *SETTINGS)
+    assert "already holds this run; go on with --resume" in message
     done = []
 
     def stop_at_the_second(folder, architecture, seed, *rest):
@@ -192,6 +194,48 @@ def without_times(benchmark: Benchmark) -> list:
         (entry.architecture, [replace(one, cpu_seconds=0.0) for one in entry.trainings])
         for entry in benchmark.entries
     ]
+
+
+def test_a_benchmark_says_how_it_was_made(study_folder, project, tmp_path):
+    held = Benchmark.load(study_folder / "benchmark.json")
+    settings = " ".join(f"--set {setting}" for setting in STUDY)
+    assert held.made["command"] == f"oneshot-ednas benchmark config.yaml {settings}"
+    assert {"torch", "numpy", "python", "git_revision"} <= set(held.made["versions"])
+    assert held.made["data"] == read_json(study_folder / "data.json")
+    assert held.config["space"] == "space.yaml"
+    assert str(project) not in (study_folder / "benchmark.json").read_text()
+    # Each line says by what it was made; those of an older version do not.
+    out = shutil.copytree(study_folder, tmp_path / "study")
+    rows = [json.loads(line) for line in (out / "trainings.jsonl").read_text().splitlines()]
+    for row in rows:
+        assert row["made"] == {"date": held.made["date"], "versions": held.made["versions"]}
+    del rows[0]["made"]
+    for number, row in enumerate(rows[1:]):
+        row["made"]["date"] = f"2001-01-0{1 + number}"
+        row["made"]["versions"]["git_revision"] = "abc" if number < 2 else "def"
+    (out / "trainings.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = open_study(project, out).benchmark("command").made
+    assert made["versions"]["git_revision"] == "not recorded, abc, def"
+    assert made["versions"]["torch"] == held.made["versions"]["torch"]
+    assert (made["date"], made["command"]) == ("2001-01-06", "command")
+
+
+def test_a_training_that_is_done_is_kept_where_another_failed(project, tmp_path, monkeypatch):
+    class Both(Executor):
+        """Has all of its jobs done together."""
+
+        def submit(self, fn, /, *args):
+            future = Future()
+            jobs.append(future)
+            if len(jobs) == 2:
+                jobs[0].set_exception(RuntimeError("diverged"))
+                jobs[1].set_result(run_trial(*args))
+            return future
+
+    jobs, study = [], open_study(project, tmp_path / "study")
+    with pytest.raises(RuntimeError, match="diverged"):
+        study.run(Workers(Both(), 2))
+    assert list(study.finished()) == [study.jobs[1]]
 
 
 def test_a_damaged_line_is_named(study_folder, project, tmp_path):
@@ -227,10 +271,12 @@ def test_trainings_that_are_given_are_not_done_again(study_folder, project, tmp_
         return run_trial(folder, architecture, seed, *rest)
 
     monkeypatch.setattr("oneshot_ednas.benchmark.build.run_trial", counted)
-    study = Study(experiment, kept)
+    study = Study(experiment, kept, held.made)
     with open_workers("1") as workers:
         study.run(workers)
     assert done == list(known)[-1:]
+    made = study.benchmark("command").made
+    assert (made["command"], made["given"]) == ("command", held.made)
     assert [e.architecture for e in study.benchmark("").entries] == [
         e.architecture for e in held.entries
     ]
@@ -240,6 +286,8 @@ def test_trainings_that_are_given_are_not_done_again(study_folder, project, tmp_
     ("override", "key"),
     [
         ("seed=4", "seed"),
+        ("search.split_seed=7", "search.split_seed"),
+        ("retrain.optimizer.weight_decay=0.5", "retrain.optimizer.weight_decay"),
         ("data.train_frames=31", "data.train_frames"),
         ("tasks.depth.loss_weight=0.2", "tasks.depth.loss_weight"),
         ("retrain.batch_size=5", "retrain.batch_size"),
@@ -254,9 +302,53 @@ def test_a_benchmark_of_other_trainings_is_refused(study_folder, project, tmp_pa
         given_by(held, Experiment(config, tmp_path / "other"))
 
 
+def test_other_data_under_the_same_settings_is_refused(study_folder, project, tmp_path):
+    held = Benchmark.load(study_folder / "benchmark.json")
+    experiment = Experiment(load_config(project / "config.yaml", STUDY), tmp_path / "other")
+    other = replace(held, made=held.made | {"data": held.made["data"] | {"test": "0" * 64}})
+    with pytest.raises(ValueError, match=r"made with other settings: data \(its content\);"):
+        given_by(other, experiment)
+    older = replace(held, made={}, config=without(held.config, "search", "split_seed"))
+    assert len(given_by(older, experiment)) == 7  # an older file does not tell
+
+
+def without(config, *keys):
+    first, *rest = keys
+    if rest:
+        return config | {first: without(config[first], *rest)}
+    return {key: value for key, value in config.items() if key != first}
+
+
+@pytest.mark.parametrize(
+    ("keys", "override", "expected"),
+    [
+        (("retrain", "augmentation"), "seed=3", []),
+        (("data", "augment", "brightness"), "data.augment.brightness=0", []),
+        (("data", "augment", "brightness"), "seed=3", ["data.augment.brightness"]),
+        (("tasks", "depth"), "seed=3", ["tasks.depth"]),
+        (("data", "height"), "seed=3", ["data.height"]),
+        (("multi_trial",), "seed=3", ["multi_trial.steps"]),
+        (("retrain",), "seed=3", ["retrain"]),
+    ],
+)
+def test_what_a_stored_config_lacks_had_its_default(project, keys, override, expected):
+    stored = to_plain(load_config(project / "config.yaml"))
+    now = load_config(project / "config.yaml", [override])
+    assert training_differences(without(stored, *keys), now) == expected
+
+
+def test_a_setting_that_is_no_more_is_a_difference(project):
+    config = load_config(project / "config.yaml")
+    stored = json.loads(json.dumps(to_plain(config)))  # with lists for tuples, as in a file
+    assert training_differences(stored, config) == []
+    stored["retrain"]["old"] = 1
+    assert training_differences(stored, config) == ["retrain.old"]
+
+
 def test_what_trials_do_not_depend_on_may_differ(study_folder, project, tmp_path):
     held = Benchmark.load(study_folder / "benchmark.json")
     settings = ("retrain.steps=9", "retrain.num_seeds=1", "search.steps=9", "latency.target_ms=5.1")
+    settings += ("search.split_seed=3",)  # that of the run
     config = load_config(project / "config.yaml", [*STUDY, *settings])
     assert len(given_by(held, Experiment(config, tmp_path / "other"))) == 7
 

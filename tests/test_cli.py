@@ -146,7 +146,7 @@ def test_demo_is_the_shipped_config(monkeypatch, tmp_path):
     started = []
     monkeypatch.setattr("oneshot_ednas.cli.runs._start", lambda *a, **k: started.append((a, k)))
     monkeypatch.setattr("oneshot_ednas.cli.runs.run_all", lambda one: {})
-    monkeypatch.setattr("oneshot_ednas.cli.runs._print_results", lambda *a, **k: None)
+    monkeypatch.setattr("oneshot_ednas.cli.runs.print_results", lambda *a, **k: None)
     good("demo", "--out", tmp_path, "--resume")
     assert started == [(("configs/demo.yaml", tmp_path, None, ()), {"resume": True})]
 

@@ -11,7 +11,9 @@ from test_cli import call, good
 from tiny import TARGET_MS
 
 from oneshot_ednas.architecture import Architecture
+from oneshot_ednas.benchmark.surrogate import BenchmarkTrainer
 from oneshot_ednas.config import MultiTrialConfig, load_config
+from oneshot_ednas.deploy import file_digest
 from oneshot_ednas.multi_trial import search as search_module
 from oneshot_ednas.multi_trial.proposals import Proposals
 from oneshot_ednas.multi_trial.search import MultiTrialSearch, pick, search_cost
@@ -234,6 +236,72 @@ def test_a_failed_trial_is_recorded_and_the_search_goes_on(problem):
     assert searched(one, train) == trials
 
 
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (MemoryError(), "MemoryError"),
+        (OSError(5, "read error"), "OSError: [Errno 5] read error"),
+        (ZeroDivisionError("division by zero"), "ZeroDivisionError: division by zero"),
+        (RuntimeError(), "RuntimeError"),
+    ],
+)
+def test_any_failure_of_a_training_is_that_of_its_trial(problem, error, text):
+    calls = []
+
+    def train(architecture, seed):
+        calls.append(seed)
+        if len(calls) == 2:
+            raise error
+        return outcome(architecture, seed)
+
+    trials = searched(problem("random", num_trials=4), train)
+    assert [trial.state for trial in trials] == ["done", "failed", "done", "done"]
+    assert trials[1].error == text
+
+
+def test_bad_input_stops_the_search_and_loses_no_trial_beside_it(problem):
+    calls = []
+
+    def train(architecture, seed):
+        calls.append(seed)
+        if len(calls) == 1:
+            raise ValueError("its data has gone")
+        return outcome(architecture, seed)
+
+    one = problem("random", num_trials=4)
+    with pytest.raises(ValueError, match="its data has gone"):
+        searched(one, train, Workers(SerialExecutor(), 2))
+    assert [trial.state for trial in read_trials(one.files.trials)] == ["running", "done"]
+    assert [trial.state for trial in searched(one)] == ["done"] * 4
+
+
+def test_an_architecture_whose_trial_failed_may_have_another(problem):
+    one = problem("random")
+    blocks = tuple(
+        replace(block, ops=(block.base.op,), filters=(block.base.filters,))
+        for block in one.space.blocks
+    )
+    one.space = replace(one.space, blocks=blocks)  # 32 architectures for 60 trials
+    one.costs = one.table.costs(one.space, one.out_channels)
+    tried = []
+
+    def train(architecture, seed):
+        tried.append(architecture)
+        if tried.count(architecture) == 1:
+            raise RuntimeError("by chance")
+        return outcome(architecture, seed)
+
+    trials = searched(one, train)
+    seen = Counter()
+    for trial in trials:
+        expected = ("failed", "done", "duplicate")[min(seen[trial.architecture], 2)]
+        assert trial.state == expected
+        seen[trial.architecture] += 1
+        assert (trial.reward is None) is (trial.state == "failed")
+    assert {trial.state for trial in trials} == {"failed", "done", "duplicate"}
+    assert searched(one, train) == trials
+
+
 def test_a_search_whose_trials_all_fail_stops(problem, monkeypatch):
     def train(architecture, seed):
         raise RuntimeError("no memory")
@@ -311,7 +379,112 @@ def test_an_evolution_goes_on_and_refuses_what_it_is_not(project, evolved, tmp_p
     assert result.exit_code == 2
     assert "is a run of method evolution, without a supernet" in result.stderr
     (out / "architecture.json").unlink()
+    text = call("retrain", out).stderr
+    assert f"no derived architecture yet; run oneshot-ednas evolve CONFIG --out {out} --res" in text
     (out / "trials.sqlite").write_bytes(b"no database, but some text" * 100)
     result = call(*command, "--resume")
     assert (result.exit_code, result.stderr.count("\n")) == (2, 2)
     assert "damaged or no file of trials (file is not a database)" in result.stderr
+
+
+def test_a_run_whose_method_is_evolution_trains_several_at_a_time(project, evolved, tmp_path):
+    out = tmp_path / "run"
+    command = ("run", project / "config.yaml", "--set", FEW, "--set", "method=evolution")
+    results = json.loads(good(*command, "--out", out, "--workers", "2", "--json").stdout)
+    assert set(results) == set(read_json(evolved / "results.json"))
+    assert results["method"] == "evolution"
+    trials = read_trials(out / "trials.sqlite")
+    assert {trial.state for trial in trials} <= {"done", "duplicate"}
+    # A second one was proposed before the first had ended.
+    assert [trial.proposed for trial in trials[:2]] == [0, 1]
+    # The first trials are drawn and trained as by one worker.
+    for one, serial in zip(trials[:3], read_trials(evolved / "trials.sqlite"), strict=False):
+        assert (one.architecture, one.metrics) == (serial.architecture, serial.metrics)
+    good("evolve", project / "config.yaml", "--set", FEW, "--out", out, "--resume")
+    assert read_trials(out / "trials.sqlite") == trials
+
+
+# On a benchmark -----------------------------------------------------------------------------
+
+MANY = "multi_trial={num_trials: 150, steps: 2, population_size: 20, tournament_size: 5}"
+
+
+@pytest.fixture(scope="module")
+def benchmark_file(project, tmp_path_factory):
+    """A benchmark of ten trainings of two steps. Read only."""
+    out = tmp_path_factory.mktemp("study") / "study"
+    study = "study={num_architectures: 6, num_repeated: 4, num_seeds: 2, num_scorings: 1}"
+    arguments = ("--set", "multi_trial.steps=2", "--set", study)
+    good("benchmark", project / "config.yaml", "--out", out, *arguments)
+    return out / "benchmark.json"
+
+
+@pytest.fixture
+def on_benchmark(project, benchmark_file, monkeypatch):
+    """The command, where nothing can be trained and no data read."""
+    monkeypatch.setattr("oneshot_ednas.retrain.StandAloneTraining.take_step", None)
+    monkeypatch.setattr("oneshot_ednas.run_folder.load_data", None)
+    return ("evolve", project / "config.yaml", "--benchmark", benchmark_file, "--set", MANY)
+
+
+def test_a_search_on_a_benchmark_trains_nothing(on_benchmark, benchmark_file, tmp_path):
+    out = tmp_path / "run"
+    results = json.loads(good(*on_benchmark, "--out", out, "--json").stdout)
+    assert results == read_json(out / "results.json")
+    digest = file_digest(benchmark_file)
+    assert results["benchmark"] == {"file": "benchmark.json", "sha256": digest}
+    trials = read_trials(out / "trials.sqlite")
+    assert len(trials) == results["trials"]["proposed"] == 150
+    chosen = pick(trials, TARGET_MS).chosen
+    assert results["architecture"] == str(chosen.architecture)
+    assert results["latency_ms"] <= TARGET_MS
+    macs, seconds = search_cost(trials)
+    assert results["cost"] == {
+        "search_macs": macs,
+        "search_seconds": seconds,
+        "retrain_macs": 0,
+        "retrain_seconds": 0,
+    }
+    assert macs == pytest.approx(sum(trial.macs for trial in trials if trial.state == "done"))
+    assert "go on with --resume" in call(*on_benchmark, "--out", out).stderr
+    good(*on_benchmark, "--out", out, "--resume")
+    assert read_trials(out / "trials.sqlite") == trials
+    result = call("retrain", out)
+    assert result.exit_code == 2
+    assert "is a search on a benchmark, which trains no networks" in result.stderr
+
+
+def test_a_search_on_a_benchmark_goes_on_where_it_was_stopped(on_benchmark, tmp_path, monkeypatch):
+    good(*on_benchmark, "--out", tmp_path / "whole")
+    score, calls = BenchmarkTrainer.__call__, []
+
+    def stopped(self, architecture, seed):
+        calls.append(seed)
+        if len(calls) == 110:  # after the first commit
+            raise KeyboardInterrupt
+        return score(self, architecture, seed)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BenchmarkTrainer, "__call__", stopped)
+        result = call(*on_benchmark, "--out", tmp_path / "cut")
+    assert result.exit_code == 130
+    assert "go on with --resume" in result.stderr
+    good(*on_benchmark, "--out", tmp_path / "cut", "--resume")
+    whole, cut = (read_trials(tmp_path / name / "trials.sqlite") for name in ("whole", "cut"))
+    assert cut == whole
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--workers", "2"), "--benchmark trains nothing: leave out --workers and --data"),
+        (("--data", "."), "--benchmark trains nothing: leave out --workers and --data"),
+        (("--set", "multi_trial.steps=3"), "multi_trial.steps"),
+        (("--set", "retrain.batch_size=5"), "retrain.batch_size"),
+    ],
+)
+def test_a_benchmark_of_other_trials_is_refused(on_benchmark, tmp_path, arguments, message):
+    result = call(*on_benchmark, *arguments, "--out", tmp_path / "run")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert message in result.stderr
+    assert not (tmp_path / "run").exists()

@@ -16,16 +16,18 @@ from tiny import new_run, tiny_table
 from oneshot_ednas.architecture import Architecture
 from oneshot_ednas.cli.runs import reopen
 from oneshot_ednas.config import ExperimentConfig, load_config
+from oneshot_ednas.derive import BudgetSearch
 from oneshot_ednas.export.edgetpu import MAX_VERSIONS
 from oneshot_ednas.latency.operations import network_macs
 from oneshot_ednas.latency.table import LatencyTable
 from oneshot_ednas.pipeline import OneShotRun, run_all
 from oneshot_ednas.ranking import rank_candidates
+from oneshot_ednas.retrain import retrain
 from oneshot_ednas.run_folder import RunFiles
 from oneshot_ednas.schema import load_yaml, read_json
 from oneshot_ednas.space import SearchSpace
 from oneshot_ednas.store import load_checkpoint, write_json
-from oneshot_ednas.training import Interrupted, StageLog
+from oneshot_ednas.training import Interrupted, StageLog, derived_seed, take_in_log
 from oneshot_ednas.workers import open_workers
 
 STAGES = ["search", "retrain.seed_0", "retrain.seed_1", "baseline.base", "baseline.random"]
@@ -124,7 +126,11 @@ def test_results_hold_the_named_figures(finished_run, tiny):
     assert cost["retrain_macs"] == pytest.approx(results["gmacs"] * 1e9 * 2 * 5 * 4 * 3)
     candidates = read_json(finished_run / "candidates.json")["candidates"]
     search = reopen(finished_run, None).one_shot
-    # Two calibration batches of eight frames, five validation frames, forward only.
+    # Validation during the search, and ranking: two calibration batches of eight frames, five
+    # validation frames, forward only.
+    run = reopen(finished_run, None)
+    best = BudgetSearch(search.alpha, run.costs).best(5.0, 1)[0].architecture
+    assert run._validate()[1] == (2 * 8 + 5) * run.macs(best)
     ranking = (2 * 8 + 5) * sum(
         network_macs(tiny.space, Architecture.from_json(one["architecture"]), (32, 32), channels)
         for one in candidates
@@ -139,6 +145,59 @@ def test_results_hold_the_named_figures(finished_run, tiny):
     for row in (results, base, random):
         assert row["parameters"] > 1000
         assert row["gmacs"] > 0
+
+
+def test_no_two_runs_have_a_training_in_common(finished_run):
+    files = RunFiles(finished_run)
+    seeds = {stage: load_checkpoint(files.checkpoint(stage))["seed"] for stage in STAGES[1:]}
+    assert seeds.pop("retrain.seed_1") == derived_seed(3, "retrain", 1)
+    assert set(seeds.values()) == {3}
+
+
+def test_a_log_torn_by_a_crash_is_taken_in_without_its_last_line(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"stage": "search", "step": 0}\n')
+    part, line = tmp_path / "stages", '{"stage": "retrain.seed_1", "step": 0}\n'
+    part.mkdir()
+    for torn, count in ((line[:9], 1), (line + line[:9], 2), (line, 2)):
+        (part / "metrics.jsonl").write_text(torn)
+        take_in_log(tmp_path, part, "retrain.seed_1")
+        log = (tmp_path / "metrics.jsonl").read_text()
+        assert log.endswith("}\n")
+        assert len([json.loads(one) for one in log.splitlines()]) == count
+        assert not (part / "metrics.jsonl").exists()
+
+
+def test_time_is_kept_with_each_checkpoint_and_reading_back_adds_none(
+    project, finished_run, tmp_path, monkeypatch
+):
+    out = shutil.copytree(finished_run, tmp_path / "run")
+    run = new_run(project, out, resume=True)
+    before = run.seconds
+    run.evaluate()
+    after = run.seconds
+    assert after["evaluate"] > before["evaluate"]
+    assert {name: after[name] for name in STAGES} == {name: before[name] for name in STAGES}
+    RunFiles(out).checkpoint("retrain.seed_0").unlink()
+    saved = []
+
+    def spy(*arguments, on_save, **settings):
+        def note_time():
+            on_save()
+            saved.append(run.seconds["retrain.seed_0"])
+
+        return retrain(*arguments, on_save=note_time, **settings)
+
+    monkeypatch.setattr("oneshot_ednas.pipeline.retrain", spy)
+    run.retrain()
+    assert len(saved) == 3  # after two, four and five steps
+    assert before["retrain.seed_0"] < saved[0] < saved[1] < saved[2]
+
+
+def test_workers_are_checked_before_a_folder_is_made(project, tmp_path):
+    result = call("run", project / "config.yaml", "--out", tmp_path / "run", "--workers", "banana")
+    assert result.exit_code == 2
+    assert "--workers: expected N, ray or ray:N" in result.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_candidates_are_ranked_inside_the_target(finished_run):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from oneshot_ednas.correlation import kendall_tau, spearman
 from oneshot_ednas.rank_correlation import (
+    Agreement,
     Estimate,
     agreement,
     estimate,
@@ -212,23 +213,43 @@ def test_an_overrated_option_is_found():
 
 def test_the_expected_ceiling_of_normal_scores_is_that_of_their_correlation():
     rng = np.random.default_rng(0)
-    truth, few = rng.normal(size=400), rng.normal(size=60)
+    truth, few = rng.normal(size=150), rng.normal(size=60)
     noise, offsets = 0.5, np.array([[0.0], [3.0], [-2.0]])
-    single = truth + noise * rng.normal(size=400)
+    single = truth + noise * rng.normal(size=150)
     repeated = few + noise * rng.normal(size=(3, 60)) + offsets
-    found = expected_ceiling(single, repeated, rng).estimates()["kendall_tau"]
+    found = expected_ceiling(single, repeated, rng, num_pairs=100, num_resamples=20)
+    tau = found.estimates()["kendall_tau"]
     correlation = 1 / (1 + noise**2)
-    assert found.value == pytest.approx(2 / math.pi * math.asin(correlation), abs=0.04)
-    assert found.low < found.value < found.high
+    assert tau.value == pytest.approx(2 / math.pi * math.asin(correlation), abs=0.06)
+    assert tau.low < tau.value < tau.high
+
+
+def test_intervals_of_the_expected_ceiling_cover_it_as_often_as_they_say():
+    noise, covered, trials = 0.5, 0, 30
+    truth = 2 / math.pi * math.asin(1 / (1 + noise**2))
+    for seed in range(trials):
+        rng = np.random.default_rng(seed)
+        single = rng.normal(size=60) + noise * rng.normal(size=60)
+        repeated = rng.normal(size=16) + noise * rng.normal(size=(3, 16))
+        settings = {"num_pairs": 10, "num_resamples": 30, "pairs_per_resample": 4}
+        one = expected_ceiling(single, repeated, rng, **settings).estimates()["kendall_tau"]
+        covered += one.low <= truth <= one.high
+    assert 24 <= covered <= 30
+
+
+def test_a_share_of_a_ceiling_with_fewer_resamples_uses_them_again():
+    one = Agreement({"tau": np.array([0.5, 0.4, 0.6, 0.4, 0.6])})
+    ceiling = Agreement({"tau": np.array([1.0, 0.8, 1.2])})
+    assert one.over(ceiling)["tau"] == Estimate(0.5, 0.5, 0.5)
 
 
 def test_the_expected_ceiling_is_one_without_noise_and_none_without_spread():
     rng, single = np.random.default_rng(0), np.arange(30.0)
     same = np.stack([single[:8]] * 2)
-    found = expected_ceiling(single, same, rng).estimates()
+    found = expected_ceiling(single, same, rng, num_resamples=20).estimates()
     assert all(one.value == 1 for one in found.values())
     noise = rng.normal(size=(2, 8))
-    flat = expected_ceiling(np.full(30, 2.0), noise, rng).estimates()["kendall_tau"]
-    assert abs(flat.value) < 0.05
+    flat = expected_ceiling(np.full(30, 2.0), noise, rng, num_resamples=20)
+    assert abs(flat.estimates()["kendall_tau"].value) < 0.05
     with pytest.raises(ValueError, match="expected 2 seeds and 2 items or more, got 1 and 8"):
         expected_ceiling(single, same[:1], rng)

@@ -34,6 +34,7 @@ STUDY = (
 )
 """Ten trainings of two steps."""
 SETTINGS = [word for setting in STUDY for word in ("--set", setting)]
+SCORED = {"run": "run", "search_step": 1, "search_steps": 2, "benchmark": None}
 TARGETS = {
     "accuracy",
     "reward",
@@ -82,7 +83,12 @@ def test_the_command_writes_its_files_and_prints_a_table(ranked):
     assert (results["num_architectures"], results["num_repeated"]) == (6, 4)
     assert set(results["targets"]) == TARGETS
     for found in results["targets"].values():
-        for name in ("supernet", "noise_ceiling", "supernet_over_ceiling", "multiply_adds"):
+        for name in (
+            "supernet",
+            "noise_ceiling",
+            "supernet_over_expected_ceiling",
+            "multiply_adds",
+        ):
             assert set(found[name]["kendall_tau"]) == {"value", "low", "high"}
     for name in ("rank_scatter.png", "rank_bias.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
@@ -167,12 +173,16 @@ def made_up(project, out, noise: float):
 
 def test_a_perfect_supernet_is_found_perfect(project, ranked):
     experiment, held, scores = made_up(project, ranked[0], noise=0.0)
-    results = rank_results(held, scores, experiment)
+    results = rank_results(held, scores, experiment, scored=SCORED)
     for target in TARGETS - {"reward"}:
         found = results["targets"][target]
-        for name in ("supernet", "noise_ceiling", "supernet_over_ceiling"):
+        for name in ("supernet", "noise_ceiling", "expected_ceiling_of_all"):
             for statistic in ("kendall_tau", "spearman", "top_25_percent"):
                 assert found[name][statistic]["value"] == pytest.approx(1)
+        ratio = found["supernet_over_expected_ceiling"]
+        # The best few are drawn with too much chance for a ratio.
+        assert ratio.keys() == {"kendall_tau", "spearman"}
+        assert all(one["value"] == pytest.approx(1) for one in ratio.values())
     for row in results["bias"]:
         assert row["value"] == 0
         assert row["count"] > 0
@@ -181,7 +191,7 @@ def test_a_perfect_supernet_is_found_perfect(project, ranked):
 
 def test_noise_lowers_the_ceiling_and_a_noiseless_score_passes_it(project, ranked):
     experiment, held, scores = made_up(project, ranked[0], noise=0.06)
-    found = rank_results(held, scores, experiment)["targets"]["accuracy"]
+    found = rank_results(held, scores, experiment, scored=SCORED)["targets"]["accuracy"]
     ceiling = found["noise_ceiling"]["kendall_tau"]["value"]
     assert 0.3 < ceiling < found["supernet"]["kendall_tau"]["value"] < 0.9
     # The mean of three seeds has less noise than one.
@@ -189,8 +199,12 @@ def test_noise_lowers_the_ceiling_and_a_noiseless_score_passes_it(project, ranke
         found["supernet_on_mean_of_seeds"]["kendall_tau"]["value"]
         > found["supernet"]["kendall_tau"]["value"]
     )
-    over = found["supernet_over_ceiling"]["kendall_tau"]["value"]
-    assert over == pytest.approx(found["supernet"]["kendall_tau"]["value"] / ceiling)
+    expected = found["expected_ceiling_of_all"]["kendall_tau"]
+    assert expected["low"] < expected["value"] < expected["high"]
+    over = found["supernet_over_expected_ceiling"]["kendall_tau"]
+    tau = found["supernet"]["kendall_tau"]["value"]
+    assert over["value"] == pytest.approx(tau / expected["value"])
+    assert over["low"] < over["value"] < over["high"]
 
 
 def test_an_option_that_the_supernet_overrates_is_named(project, ranked):
@@ -198,7 +212,7 @@ def test_an_option_that_the_supernet_overrates_is_named(project, ranked):
     for architecture, metrics in scores.items():
         if architecture.blocks[1].op == "fused_ibn":
             metrics["segmentation"]["miou"] *= 3
-    bias = rank_results(held, scores, experiment)["bias"]
+    bias = rank_results(held, scores, experiment, scored=SCORED)["bias"]
     overrated, other = (
         next(x for x in bias if (x["block"], x["field"], x["option"]) == (2, "op", option))
         for option in ("fused_ibn", "ibn")
@@ -211,14 +225,13 @@ def test_an_option_that_the_supernet_overrates_is_named(project, ranked):
 def test_without_repeated_architectures_there_is_no_ceiling(project, ranked, tmp_path):
     experiment, held, scores = made_up(project, ranked[0], noise=0.0)
     single = tuple(replace(entry, trainings=entry.trainings[:1]) for entry in held.entries)
-    results = rank_results(replace(held, entries=single), scores, experiment)
+    results = rank_results(replace(held, entries=single), scores, experiment, scored=SCORED)
     assert "noise_ceiling" not in results["targets"]["accuracy"]
     assert (results["num_repeated"], results["num_seeds"]) == (0, 1)
-    results |= {"search_step": 1, "search_steps": 2}
     write_rank(results, tmp_path)
     assert "so there is no noise ceiling" in (tmp_path / "rank.md").read_text()
     with pytest.raises(ValueError, match="expected at least 4 architectures to rank, got 3"):
-        rank_results(replace(held, entries=single[:3]), scores, experiment)
+        rank_results(replace(held, entries=single[:3]), scores, experiment, scored=SCORED)
 
 
 def test_a_benchmark_is_not_trained_again(project, searched, ranked, tmp_path, monkeypatch):
@@ -226,7 +239,11 @@ def test_a_benchmark_is_not_trained_again(project, searched, ranked, tmp_path, m
     monkeypatch.setattr("oneshot_ednas.benchmark.build.run_trial", None)
     out = tmp_path / "rank"
     more = ("--benchmark", held / "benchmark.json", "--json")
-    found = json.loads(rank(project, searched, out, *more).stdout)
+    result = rank(project, searched, out, *more)
+    assert f"rank: 10 of 10 trainings are given by {held / 'benchmark.json'}" in result.stderr
+    found = json.loads(result.stdout)
+    kept, given = (Benchmark.load(folder / "benchmark.json") for folder in (out, held))
+    assert kept.made == given.made
     assert found == read_json(out / "rank.json")
     assert found["benchmark"] == "benchmark.json"
     before = read_json(held / "rank.json")

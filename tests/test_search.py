@@ -29,8 +29,8 @@ from oneshot_ednas.training import Interrupted, LoopConfig, task_losses, weighte
 OFTEN = LoopConfig(log_every=1, checkpoint_every=1)
 
 
-def no_validation() -> dict[str, float]:
-    return {}
+def no_validation() -> tuple[dict[str, float], float]:
+    return {}, 0.0
 
 
 def run(search: OneShotSearch, folder) -> OneShotSearch:
@@ -502,14 +502,15 @@ def test_validation_is_logged_and_leaves_no_trace(tiny, tmp_path):
 
         def validate(search=search):
             search.supernet.eval()
-            return {"validation/reward": float(search.step)}
+            return {"validation/reward": float(search.step)}, 1e5
 
         search.run(folder, folder / "search.safetensors", validate)
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         scores = [line["validation/reward"] for line in lines if "validation/reward" in line]
         assert scores == ([] if count == 0 else [3.0, 5.0])
         searches.append(search)
-    assert differences(*searches) == []
+    assert differences(*searches) == ["macs/"]
+    assert searches[1].macs == searches[0].macs + 2e5
 
 
 def test_the_same_seed_gives_the_same_search_and_another_seed_another(tiny, tmp_path):

@@ -15,8 +15,10 @@ from safetensors.torch import save as save_tensors
 from oneshot_ednas.models.network import build_network
 from oneshot_ednas.schema import read_json
 from oneshot_ednas.store import (
+    append_json_line,
     load_checkpoint,
     previous_checkpoint,
+    read_json_lines,
     save_checkpoint,
     write_bytes,
     write_json,
@@ -105,6 +107,10 @@ def test_json_refuses_numbers_that_it_cannot_hold(tmp_path, value):
     with pytest.raises(ValueError, match="Out of range float values are not JSON compliant"):
         write_json(tmp_path / "a.json", {"loss": value})
     assert not (tmp_path / "a.json").exists()
+    append_json_line(tmp_path / "a.jsonl", {"loss": 1.5})
+    with pytest.raises(ValueError, match="Out of range float values are not JSON compliant"):
+        append_json_line(tmp_path / "a.jsonl", {"loss": value})
+    assert read_json_lines(tmp_path / "a.jsonl", dict) == [{"loss": 1.5}]
 
 
 # Round trips --------------------------------------------------------------------------------

@@ -1,5 +1,8 @@
 """The store of trials: what it keeps, and what happens when its file cannot be used."""
 
+import errno
+import os
+import shutil
 import sqlite3
 from dataclasses import replace
 
@@ -158,6 +161,37 @@ def test_room_for_trials_is_reserved_and_given_back(small_space, path):
         assert reserve.stat().st_size == trials.RESERVE_BYTES
         assert not reserve.read_text().strip()
     assert not reserve.exists()
+
+
+def test_a_disk_without_room_for_them_is_told_and_the_file_let_go(small_space, path, monkeypatch):
+    fill(path, small_space, 2)
+
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(RuntimeError, match=r"unsaved\.jsonl: No space left .*; make room for"):
+            TrialStore(path)
+    with TrialStore(path) as store:
+        assert len(store.trials) == 2
+
+
+def test_what_a_killed_search_left_half_written_is_undone_by_a_reader(small_space, path, tmp_path):
+    kept = fill(path, small_space, 2)
+    writer = sqlite3.connect(path)
+    writer.execute("PRAGMA cache_size = 1")  # so that pages reach the file before the commit
+    writer.execute("UPDATE trials SET error = ?", ("x" * 50_000,))
+    journal = path.with_name("trials.sqlite-journal")
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    for one in (path, journal):
+        shutil.copy(one, killed)
+    writer.rollback()
+    writer.close()
+    assert (killed / path.name).read_bytes() != path.read_bytes()
+    assert read_trials(killed / path.name) == kept
+    assert [one.name for one in killed.iterdir()] == ["trials.sqlite"]
 
 
 def test_a_damaged_line_beside_the_file_is_named(small_space, path):

@@ -22,7 +22,7 @@ def setting(tiny, tmp_path) -> str:
     return f"latency.table={tmp_path / 'uncalibrated.csv'}"
 
 
-@pytest.mark.parametrize("command", ["run", "search"])
+@pytest.mark.parametrize("command", ["run", "search", "evolve"])
 def test_the_refusal_names_the_option(project, tmp_path, setting, command):
     out = tmp_path / "run"
     result = call(command, project / "config.yaml", "--out", out, "--set", setting)

@@ -9,19 +9,18 @@ split. Seeds are seed, seed + 1, ... (`retrain.num_seeds`). It can be stopped an
 
 import math
 import statistics
-from concurrent.futures import as_completed
 from pathlib import Path
 
 import click
 
+from oneshot_ednas.benchmark.build import Job, outcomes
 from oneshot_ednas.cli.common import bad_input, data_option, out_option, with_data, workers_option
-from oneshot_ednas.config import load_config
+from oneshot_ednas.config import ExperimentConfig, load_config
 from oneshot_ednas.run_folder import Experiment
 from oneshot_ednas.schema import read_json
 from oneshot_ednas.store import write_json, write_text
 from oneshot_ednas.tasks import LOWER_IS_BETTER
 from oneshot_ednas.training import Metrics
-from oneshot_ednas.trial_job import run_trial
 from oneshot_ednas.workers import Workers, open_workers
 
 LOSSES = {"L1": ("tasks.depth.relative_weight=0",), "JAReD": ()}
@@ -36,35 +35,38 @@ SHOWN = (("segmentation", "miou"), ("depth", "absolute_error"), ("depth", "relat
 @bad_input
 def main(config: str, out: Path, data: Path | None, workers: str) -> None:
     """Train both losses with every seed and write the table."""
-    found: dict[str, list[Metrics]] = {}
+    path = Path(config)
+    _check(path, load_config(path))
+    configs = {name: with_data(load_config(path, each), data) for name, each in LOSSES.items()}
     with open_workers(workers) as pool:
-        for name, overrides in LOSSES.items():
-            loaded = with_data(load_config(Path(config), overrides), data)
-            if loaded.tasks["depth"].relative_weight == 0 and name == "JAReD":
-                raise ValueError(f"{config}: tasks.depth.relative_weight is 0: that is L1")
-            experiment = Experiment(loaded, out / name)
-            experiment.open(resume=True)
-            found[name] = _trainings(experiment, pool)
+        found = {
+            name: _trainings(Experiment(one, out / name), pool) for name, one in configs.items()
+        }
     text = _table(found)
     write_text(out / "depth_loss.md", text)
     write_json(out / "depth_loss.json", found)
     print(text)
 
 
+def _check(path: Path, config: ExperimentConfig) -> None:
+    """Refuse a config of which the two losses, or the figures shown, are not to be had."""
+    missing = [task for task in dict(SHOWN) if task not in config.tasks]
+    if missing:
+        raise ValueError(f"{path}: tasks: expected segmentation and depth, {missing[0]} is missing")
+    if config.tasks["depth"].relative_weight == 0:
+        raise ValueError(f"{path}: tasks.depth.relative_weight is 0: that is L1; give a weight")
+
+
 def _trainings(experiment: Experiment, pool: Workers) -> list[Metrics]:
     """Test metrics of every seed; those that a file holds are not trained again."""
+    experiment.open(resume=True)
     config, folder = experiment.config, experiment.files.folder
-    paths = [folder / f"seed_{config.seed + i}.json" for i in range(config.retrain.num_seeds)]
-    futures = {
-        pool.executor.submit(
-            run_trial, folder, experiment.space.base_architecture, config.seed + i, (), True
-        ): path
-        for i, path in enumerate(paths)
-        if not path.exists()
-    }
-    for future in as_completed(futures):
-        write_json(futures[future], future.result().test_metrics)
-    return [dict(read_json(path)) for path in paths]
+    base, seeds = experiment.space.base_architecture, range(config.retrain.num_seeds)
+    paths = {Job(base, config.seed + i): folder / f"seed_{config.seed + i}.json" for i in seeds}
+    left = [job for job, path in paths.items() if not path.exists()]
+    for job, outcome in outcomes(folder, left, (), pool):
+        write_json(paths[job], outcome.test_metrics)
+    return [dict(read_json(path)) for path in paths.values()]
 
 
 def _table(found: dict[str, list[Metrics]]) -> str:

@@ -3,15 +3,17 @@
 import datetime
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from oneshot_ednas.architecture import Architecture
+from oneshot_ednas.benchmark.settings import split_seed, training_differences
 from oneshot_ednas.benchmark.stratify import stratified_sample
 from oneshot_ednas.benchmark.table import Benchmark, Entry, Training
-from oneshot_ednas.config import what_defines
+from oneshot_ednas.config import ExperimentConfig, what_defines
 from oneshot_ednas.run_folder import Experiment, versions
 from oneshot_ednas.schema import to_plain
 from oneshot_ednas.store import append_json_line, read_json_lines
@@ -19,6 +21,9 @@ from oneshot_ednas.training import Interrupted, numpy_generator, progress_bar
 from oneshot_ednas.trial import Outcome
 from oneshot_ednas.trial_job import run_trial
 from oneshot_ednas.workers import Workers
+
+NOT_RECORDED = "not recorded"
+"""Revision of trainings whose lines do not tell it."""
 
 
 class Job(NamedTuple):
@@ -35,6 +40,8 @@ class Study:
     experiment: Experiment
     given: Mapping[Job, Training] = field(default_factory=dict)
     """Trainings that a benchmark has already, see `given_by`."""
+    given_made: Mapping[str, Any] = field(default_factory=dict)
+    """How that benchmark was made."""
 
     @property
     def trainings_path(self) -> Path:
@@ -46,7 +53,8 @@ class Study:
         """The benchmark file."""
         return self.experiment.files.folder / "benchmark.json"
 
-    def jobs(self) -> list[Job]:
+    @cached_property
+    def jobs(self) -> tuple[Job, ...]:
         """All trainings: first those of the repeated architectures, whose noise is of interest."""
         one, study = self.experiment, self.experiment.config.study
         architectures = stratified_sample(
@@ -57,11 +65,16 @@ class Study:
             generator=numpy_generator(one.config.seed, "stratified"),
         )
         repeated = study.num_repeated
-        return [
+        return tuple(
             Job(architecture, one.config.seed + number)
             for index, architecture in enumerate(architectures)
             for number in range(study.num_seeds if index < repeated else 1)
-        ]
+        )
+
+    @cached_property
+    def _versions(self) -> dict[str, str]:
+        """Those of this process, also where a checkout changes while it runs."""
+        return versions(self.experiment.device)
 
     def scored_steps(self) -> tuple[int, ...]:
         """Numbers of steps after which each training is scored."""
@@ -77,36 +90,25 @@ class Study:
             RuntimeError: if a training fails; those finished before are kept.
             ValueError: if the file of finished ones is damaged.
         """
-        jobs, done = self.jobs(), self.finished()
+        jobs, done, folder = self.jobs, self.finished(), self.experiment.files.folder
         left = [job for job in jobs if job not in done]
+        made = {"date": datetime.date.today().isoformat(), "versions": self._versions}
         try:
             with progress_bar("trainings", len(jobs), len(jobs) - len(left)) as advance:
-                for job, outcome in self._outcomes(left, workers):
+                for job, outcome in outcomes(folder, left, self.scored_steps(), workers):
                     training = Training(
                         seed=job.seed,
                         cpu_seconds=outcome.cpu_seconds,
                         curve=outcome.curve,
                         test_metrics=outcome.test_metrics or {},
                     )
-                    self._keep(job, training)
+                    row = {"architecture": str(job.architecture), **asdict(training), "made": made}
+                    append_json_line(self.trainings_path, row)
                     advance()
         except KeyboardInterrupt:
             done = self.finished()
             count = sum(job in done for job in jobs)
             raise Interrupted(f"stopped with {count} of {len(jobs)} trainings finished") from None
-
-    def _outcomes(self, jobs: Sequence[Job], workers: Workers) -> Iterator[tuple[Job, Outcome]]:
-        """Outcomes as they come; no more is submitted than runs, so that each is kept at once."""
-        folder, left = self.experiment.files.folder, iter(jobs)
-        running: dict[Future[Outcome], Job] = {}
-        while True:
-            for job in islice(left, workers.count - len(running)):
-                future = workers.executor.submit(run_trial, folder, *job, self.scored_steps(), True)
-                running[future] = job
-            if not running:
-                return
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                yield running.pop(future), future.result()
 
     def finished(self) -> dict[Job, Training]:
         """Finished trainings, and those given.
@@ -115,10 +117,6 @@ class Study:
             ValueError: if a line of the file is damaged, other than a last one cut short.
         """
         return {**self.given, **dict(read_json_lines(self.trainings_path, _read_line))}
-
-    def _keep(self, job: Job, training: Training) -> None:
-        row = {"architecture": str(job.architecture), **asdict(training)}
-        append_json_line(self.trainings_path, row)
 
     def benchmark(self, command: str) -> Benchmark:
         """The benchmark of the finished trainings.
@@ -129,29 +127,88 @@ class Study:
         Raises:
             ValueError: if a training is not finished.
         """
-        done, jobs = self.finished(), self.jobs()
-        missing = [job for job in jobs if job not in done]
+        done = self.finished()
+        missing = [job for job in self.jobs if job not in done]
         if missing:
             raise ValueError(
-                f"{len(missing)} of {len(jobs)} trainings in {self.experiment.files.folder} are "
-                f"not finished; go on with --resume"
+                f"{len(missing)} of {len(self.jobs)} trainings in {self.experiment.files.folder} "
+                f"are not finished; go on with --resume"
             )
         trainings: dict[Architecture, list[Training]] = {}
-        for job in jobs:
+        for job in self.jobs:
             trainings.setdefault(job.architecture, []).append(done[job])
         return Benchmark(
             space=self.experiment.space,
-            config=to_plain(what_defines(self.experiment.config)),
-            made={
-                "command": command,
-                "date": datetime.date.today().isoformat(),
-                "versions": versions(self.experiment.device),
-            },
+            config=to_plain(_without_folders(what_defines(self.experiment.config))),
+            made=self._made(command),
             entries=tuple(
                 Entry(architecture=architecture, trainings=tuple(found))
                 for architecture, found in trainings.items()
             ),
         )
+
+    def _made(self, command: str) -> dict[str, Any]:
+        """How the trainings were made: those of this folder, and those given."""
+        rows = read_json_lines(self.trainings_path, _read_made)
+        if self.given and not rows:
+            return dict(self.given_made)
+        seen: dict[str, list[str]] = {}
+        for row in rows:
+            for name, version in row["versions"].items():
+                if version not in seen.setdefault(name, []):
+                    seen[name].append(version)
+        dates = [row["date"] for row in rows if "date" in row]
+        return {
+            "command": command,
+            "date": max(dates, default=datetime.date.today().isoformat()),
+            "versions": self._versions | {name: ", ".join(found) for name, found in seen.items()},
+            "data": data_digests(self.experiment),
+            **({"given": dict(self.given_made)} if self.given else {}),
+        }
+
+
+def outcomes(
+    folder: Path, jobs: Sequence[Job], scored_steps: tuple[int, ...], workers: Workers
+) -> Iterator[tuple[Job, Outcome]]:
+    """Train and score jobs of a run folder, on the test split too; outcomes as they come.
+
+    No more is submitted than runs, so that each can be kept at once; of those that are done
+    together, failed ones come last.
+
+    Raises:
+        RuntimeError: if a training fails.
+    """
+    left, running = iter(jobs), dict[Future[Outcome], Job]()
+    while True:
+        for job in islice(left, workers.count - len(running)):
+            future = workers.executor.submit(run_trial, folder, *job, scored_steps, True)
+            running[future] = job
+        if not running:
+            return
+        done = wait(running, return_when=FIRST_COMPLETED).done
+        for future in sorted(done, key=lambda one: one.exception() is not None):
+            yield running.pop(future), future.result()
+
+
+def data_digests(experiment: Experiment) -> dict[str, str]:
+    """What images and targets of both splits hold."""
+    return {split.name: split.digest() for split in (experiment.train, experiment.test)}
+
+
+def _without_folders(config: ExperimentConfig) -> ExperimentConfig:
+    """File names alone, since folders are those of one machine."""
+    manifest = config.data.manifest
+    return replace(
+        config,
+        space=Path(config.space).name,
+        latency=replace(config.latency, table=Path(config.latency.table).name),
+        data=replace(config.data, manifest=manifest and Path(manifest).name),
+    )
+
+
+def _read_made(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    made: Mapping[str, Any] = row.get("made", {"versions": {"git_revision": NOT_RECORDED}})
+    return made
 
 
 def _read_line(row: Mapping[str, Any]) -> tuple[Job, Training]:
@@ -171,10 +228,17 @@ def given_by(benchmark: Benchmark, experiment: Experiment) -> dict[Job, Training
     Raises:
         ValueError: if the benchmark was trained in another way, naming the keys.
     """
-    now = to_plain(what_defines(experiment.config))
-    differing = [] if benchmark.space == experiment.space else ["space"]
-    for part in TRAINED_WITH:
-        differing += _differing(_at(benchmark.config, part), _at(now, part), part)
+    stored, now = benchmark.config, to_plain(experiment.config)
+    data = benchmark.made.get("data")
+    same = {
+        "space": benchmark.space == experiment.space,
+        "seed": stored.get("seed") == now["seed"],
+        "search.split_seed": split_seed(stored) == split_seed(now),
+        # Older files do not tell.
+        "data (its content)": data is None or data == data_digests(experiment),
+    }
+    differing = [name for name, is_same in same.items() if not is_same]
+    differing += training_differences(stored, experiment.config)
     if differing:
         raise ValueError(
             f"the benchmark's trainings were made with other settings: {', '.join(differing)}; "
@@ -185,30 +249,3 @@ def given_by(benchmark: Benchmark, experiment: Experiment) -> dict[Job, Training
         for entry in benchmark.entries
         for training in entry.trainings
     }
-
-
-TRAINED_WITH = ("seed", "data", "tasks", "retrain", "search.splits", "multi_trial.steps")
-"""Keys of the config that a trial's result depends on, besides the space."""
-NOT_OF_TRIALS = ("retrain.steps", "retrain.num_seeds", "retrain.loop")
-"""Those under them that it does not."""
-
-
-def _at(config: Mapping[str, Any], key: str) -> Any:
-    value: Any = config
-    for word in key.split("."):
-        value = value[word]
-    return value
-
-
-def _differing(stored: object, now: object, where: str) -> Iterator[str]:
-    """Dotted keys of what was stored that are not so now; a new key stands for its default."""
-    if where in NOT_OF_TRIALS:
-        return
-    if isinstance(stored, dict) and isinstance(now, dict):
-        for key, value in stored.items():
-            yield from _differing(value, now.get(key), f"{where}.{key}")
-        # Tasks and splits have no default.
-        if where in ("tasks", "search.splits"):
-            yield from (f"{where}.{key}" for key in now if key not in stored)
-    elif stored != now:
-        yield where

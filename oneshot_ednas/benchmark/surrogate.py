@@ -247,11 +247,12 @@ class Surrogate:
                 for choice, index in zip(space.choices, space.encode(architecture), strict=True)
             ]
         )
-        # Per output pixel, where a convolution uses each of its parameters once.
-        parameters = sum(one.macs / (one.out_height * one.out_width) for one in blocks)
+        # Per output pixel a convolution uses each of its parameters once (four times where an
+        # IBN expands before its stride): about the size of the network, not of the maps.
+        per_pixel = sum(one.macs / (one.out_height * one.out_width) for one in blocks)
         costs = [
             math.log(macs),
-            math.log(parameters),
+            math.log(per_pixel),
             *(math.log(one.macs) for one in blocks),
             *(math.log(one.out_channels) for one in blocks),
             *(math.log(one.in_channels * one.expand_ratio) for one in blocks),

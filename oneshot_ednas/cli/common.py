@@ -1,21 +1,27 @@
 """What all commands share: the group, options, errors as one line, tables on the console."""
 
+import json
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
-from typing import ParamSpec, TextIO
+from typing import Any, ParamSpec, TextIO
 
 import click
 from rich.console import Console
+from rich.table import Table
 
 from oneshot_ednas.config import ExperimentConfig
+from oneshot_ednas.run_folder import RunFiles
+from oneshot_ednas.schema import read_json
 from oneshot_ednas.training import Interrupted
 
 P = ParamSpec("P")
 DEFAULT_TASKS = "segmentation=19,depth=1"
+DETAILS = ("rmse", "delta_1", "delta_2", "delta_3", "within_22", "within_30")
+"""Metrics left to the report."""
 
 
 def bad_input(function: Callable[P, None]) -> Callable[P, None]:
@@ -92,6 +98,11 @@ workers_option = click.option(
     metavar="N|ray[:N]",
     help="Trainings at a time: in N processes, or as Ray tasks.",
 )
+uncalibrated_option = click.option(
+    "--allow-uncalibrated",
+    is_flag=True,
+    help="Go on with a latency table whose error on whole networks is unknown.",
+)
 resume_option = click.option("--resume", is_flag=True, help="Go on with the run in the folder.")
 
 
@@ -100,6 +111,11 @@ def with_data(config: ExperimentConfig, data: Path | None) -> ExperimentConfig:
     if data is None:
         return config
     return replace(config, data=replace(config.data, root=str(data.resolve())))
+
+
+def with_consent(overrides: tuple[str, ...], *, is_given: bool) -> tuple[str, ...]:
+    """The settings of --set, and that of --allow-uncalibrated where it is given."""
+    return (*overrides, "latency.allow_uncalibrated=true") if is_given else overrides
 
 
 def console() -> Console:
@@ -123,3 +139,35 @@ def read_channels(text: str) -> dict[str, int]:
             raise ValueError(f"--tasks: {name} is given twice")
         channels[name] = int(count)
     return channels
+
+
+def print_results(results: Mapping[str, Any], folder: Path, *, as_json: bool) -> None:
+    """The results of a run as a table, or as one JSON object."""
+    if as_json:
+        print(json.dumps(results))
+        return
+    table = Table(title=f"test split, target {results['target_ms']:g} ms")
+    for column in ("network", "latency ms", "in budget", "reward", "params", "GMACs"):
+        table.add_column(column, justify="left" if column == "network" else "right")
+    columns = [(task, name) for task, values in results["metrics"].items() for name in values]
+    shown = [c for c in columns if c[1] not in DETAILS]
+    for task, name in shown:
+        table.add_column(f"{task}\n{name}", justify="right")
+    name = "derived" if results["method"] == "one_shot" else "best trial"
+    rows = {name: results, **results["baselines"]}
+    for name, row in rows.items():
+        table.add_row(
+            name,
+            f"{row['latency_ms']:.3f}",
+            "yes" if row["is_inside_target"] else "no",
+            f"{row['reward']:.4f}",
+            f"{row['parameters'] / 1e6:.2f} M",
+            f"{row['gmacs']:.3f}",
+            *(f"{row['metrics'][task][metric]:.3f}" for task, metric in shown),
+        )
+    console().print(table)
+    # Those in the results end with the evaluation.
+    seconds = sum(read_json(RunFiles(folder).seconds).values())
+    written = folder / ("report.html" if results["method"] == "one_shot" else "results.json")
+    print(f"architecture: {results['architecture']}")
+    print(f"{seconds:.0f} s in all; {written.stem}: {written}")

@@ -8,8 +8,15 @@ from typing import Any, cast
 import click
 from rich.table import Table
 
-from oneshot_ednas.cli.common import bad_input, console, data_option, json_option, main
-from oneshot_ednas.cli.runs import DETAILS, reopen
+from oneshot_ednas.cli.common import (
+    DETAILS,
+    bad_input,
+    console,
+    data_option,
+    json_option,
+    main,
+)
+from oneshot_ednas.cli.runs import reopen
 from oneshot_ednas.data.packed import PackedSplit
 from oneshot_ednas.deploy import compiler_text, difference_text, latency_text
 from oneshot_ednas.export.edgetpu import find_compiler

@@ -11,15 +11,18 @@ from oneshot_ednas.cli.common import (
     json_option,
     main,
     out_option,
+    print_results,
     resume_option,
     set_option,
+    uncalibrated_option,
+    with_consent,
     with_data,
     workers_option,
 )
-from oneshot_ednas.cli.runs import print_results
 from oneshot_ednas.config import ExperimentConfig, load_config
 from oneshot_ednas.multi_trial.benchmark_run import BenchmarkSearch
 from oneshot_ednas.pipeline import MultiTrialRun, run_all
+from oneshot_ednas.schema import find_file
 from oneshot_ednas.workers import open_workers
 
 
@@ -38,6 +41,7 @@ from oneshot_ednas.workers import open_workers
 )
 @data_option
 @set_option
+@uncalibrated_option
 @workers_option
 @resume_option
 @json_option
@@ -49,6 +53,7 @@ def evolve(
     benchmark: Path | None,
     data: Path | None,
     overrides: tuple[str, ...],
+    allow_uncalibrated: bool,
     workers: str,
     resume: bool,
     as_json: bool,
@@ -56,8 +61,10 @@ def evolve(
     """Find an architecture by trials, each trained and scored, then retrain and evaluate it.
 
     Example: oneshot-ednas evolve configs/demo.yaml --out runs/evolution --workers 2
+    --set multi_trial.num_trials=20 --set multi_trial.steps=200
     """
-    settings = _with_method(load_config(Path(config), overrides), algorithm)
+    overrides = with_consent(overrides, is_given=allow_uncalibrated)
+    settings = _with_method(load_config(find_file(config), overrides), algorithm)
     if benchmark is not None:
         if workers != "1" or data is not None:
             raise ValueError("--benchmark trains nothing: leave out --workers and --data")

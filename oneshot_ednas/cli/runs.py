@@ -1,7 +1,6 @@
 """Commands on runs: demo, run, and the stages one by one."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,11 @@ from oneshot_ednas.cli.common import (
     json_option,
     main,
     out_option,
+    print_results,
     resume_option,
     set_option,
+    uncalibrated_option,
+    with_consent,
     with_data,
     workers_option,
 )
@@ -26,12 +28,6 @@ from oneshot_ednas.pipeline import OneShotRun, Run, run_all, run_class
 from oneshot_ednas.run_folder import RunFiles
 from oneshot_ednas.schema import find_file, read_json
 from oneshot_ednas.workers import open_workers
-
-uncalibrated_option = click.option(
-    "--allow-uncalibrated",
-    is_flag=True,
-    help="Go on with a latency table whose error on whole networks is unknown.",
-)
 
 
 @main.command()
@@ -61,9 +57,9 @@ def run(
 
     Example: oneshot-ednas run configs/demo.yaml --out runs/demo
     """
-    overrides = _with_consent(overrides, is_given=allow_uncalibrated)
-    one = _start(config, out, data, overrides, resume=resume)
+    one = _made(config, out, data, with_consent(overrides, is_given=allow_uncalibrated))
     with open_workers(workers) as one.workers:
+        one.open(resume=resume)
         results = run_all(one)
     print_results(results, out, as_json=as_json)
 
@@ -110,7 +106,7 @@ def search(
 
     Example: oneshot-ednas search configs/demo.yaml --out runs/demo
     """
-    overrides = _with_consent(overrides, is_given=allow_uncalibrated)
+    overrides = with_consent(overrides, is_given=allow_uncalibrated)
     if Path(config_or_run).is_dir():
         if out is not None or overrides:
             raise ValueError(
@@ -162,17 +158,18 @@ def retrain_command(run_folder: Path, data: Path | None, workers: str, as_json: 
     _print_stage(one, "retrain", as_json=as_json)
 
 
-def _with_consent(overrides: tuple[str, ...], *, is_given: bool) -> tuple[str, ...]:
-    return (*overrides, "latency.allow_uncalibrated=true") if is_given else overrides
-
-
 def _start(
     config: str, out: Path, data: Path | None, overrides: tuple[str, ...], *, resume: bool
 ) -> Run:
-    settings = with_data(load_config(find_file(config), overrides), data)
-    one = run_class(settings)(settings, out)
+    one = _made(config, out, data, overrides)
     one.open(resume=resume)
     return one
+
+
+def _made(config: str, out: Path, data: Path | None, overrides: tuple[str, ...]) -> Run:
+    """The run, checked; its folder is not opened yet."""
+    settings = with_data(load_config(find_file(config), overrides), data)
+    return run_class(settings)(settings, out)
 
 
 def _one_shot(run: Run) -> OneShotRun:
@@ -245,39 +242,3 @@ def _shown(value: Any) -> str:
     if isinstance(value, dict):
         return "\n".join(f"{key}: {_shown(item)}" for key, item in value.items())
     return f"{value:.5g}" if isinstance(value, float) else str(value)
-
-
-def print_results(results: Mapping[str, Any], folder: Path, *, as_json: bool) -> None:
-    """The results of a run as a table, or as one JSON object."""
-    if as_json:
-        print(json.dumps(results))
-        return
-    table = Table(title=f"test split, target {results['target_ms']:g} ms")
-    for column in ("network", "latency ms", "in budget", "reward", "params", "GMACs"):
-        table.add_column(column, justify="left" if column == "network" else "right")
-    columns = [(task, name) for task, values in results["metrics"].items() for name in values]
-    shown = [c for c in columns if c[1] not in DETAILS]
-    for task, name in shown:
-        table.add_column(f"{task}\n{name}", justify="right")
-    name = "derived" if results["method"] == "one_shot" else "best trial"
-    rows = {name: results, **results["baselines"]}
-    for name, row in rows.items():
-        table.add_row(
-            name,
-            f"{row['latency_ms']:.3f}",
-            "yes" if row["is_inside_target"] else "no",
-            f"{row['reward']:.4f}",
-            f"{row['parameters'] / 1e6:.2f} M",
-            f"{row['gmacs']:.3f}",
-            *(f"{row['metrics'][task][metric]:.3f}" for task, metric in shown),
-        )
-    console().print(table)
-    # Those in the results end with the evaluation.
-    seconds = sum(read_json(RunFiles(folder).seconds).values())
-    written = folder / ("report.html" if results["method"] == "one_shot" else "results.json")
-    print(f"architecture: {results['architecture']}")
-    print(f"{seconds:.0f} s in all; {written.stem}: {written}")
-
-
-DETAILS = ("rmse", "delta_1", "delta_2", "delta_3", "within_22", "within_30")
-"""Metrics left to the report."""

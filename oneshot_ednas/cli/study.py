@@ -2,7 +2,7 @@
 
 import json
 import shlex
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -32,6 +32,7 @@ from oneshot_ednas.rank_study import (
 )
 from oneshot_ednas.run_folder import Experiment, RunFiles
 from oneshot_ednas.schema import find_file
+from oneshot_ednas.training import note
 from oneshot_ednas.workers import open_workers
 
 
@@ -62,7 +63,7 @@ def benchmark(
         experiment.open(resume=resume)
         study = Study(experiment)
         study.run(pool)
-    study.benchmark(_command()).save(study.benchmark_path)
+    study.benchmark(_command("benchmark", config, overrides)).save(study.benchmark_path)
     print(json.dumps({"benchmark": str(study.benchmark_path)}) if as_json else study.benchmark_path)
 
 
@@ -105,15 +106,19 @@ def rank(
     runs/rank --benchmark runs/benchmark/benchmark.json
     """
     experiment = Experiment(with_data(load_config(find_file(config), overrides), data), out)
-    given = {}
+    given, given_made = {}, {}
     if benchmark_file is not None:
-        given = given_by(Benchmark.load(benchmark_file), experiment)
+        known = Benchmark.load(benchmark_file)
+        given, given_made = given_by(known, experiment), known.made
     search = open_search(experiment, run_folder)
     with open_workers(workers) as pool:
         experiment.open(resume=resume)
-        study = Study(experiment, given)
+        study = Study(experiment, given, given_made)
+        if benchmark_file is not None:
+            count = sum(job in given for job in study.jobs)
+            note(f"rank: {count} of {len(study.jobs)} trainings are given by {benchmark_file}")
         study.run(pool)
-    trained = study.benchmark(_command())
+    trained = study.benchmark(_command("rank", config, overrides))
     trained.save(study.benchmark_path)  # so that a next supernet needs no training
     scores = supernet_scores(
         search,
@@ -121,13 +126,17 @@ def rank(
         [entry.architecture for entry in trained.entries],
         checkpoint=RunFiles(run_folder).checkpoint("search"),
     )
-    results = {
-        "run": str(run_folder),
-        "search_step": search.step,
-        "search_steps": search.config.steps,
-        "benchmark": None if benchmark_file is None else benchmark_file.name,
-        **rank_results(trained, scores, experiment),
-    }
+    results = rank_results(
+        trained,
+        scores,
+        experiment,
+        scored={
+            "run": str(run_folder),
+            "search_step": search.step,
+            "search_steps": search.config.steps,
+            "benchmark": None if benchmark_file is None else benchmark_file.name,
+        },
+    )
     write_rank(results, out)
     if as_json:
         print(json.dumps(results))
@@ -140,5 +149,10 @@ def rank(
     print(f"search step {search.step} of {search.config.steps}; more in {out / 'rank.md'}")
 
 
-def _command() -> str:
-    return shlex.join(["oneshot-ednas", *sys.argv[1:]])
+def _command(name: str, config: str, overrides: Sequence[str]) -> str:
+    """The command for a file that others read: without the folders of this machine."""
+    words = ["oneshot-ednas", name, Path(config).name]
+    for override in overrides:
+        key, _, value = override.partition("=")
+        words += ["--set", f"{key}={Path(value).name if Path(value).is_absolute() else value}"]
+    return shlex.join(words)

@@ -46,8 +46,9 @@ def difference(
 ) -> Difference:
     """The difference of two methods, with its bootstrap interval at `LEVEL`.
 
-    A draw takes runs with replacement and, within each, trainings with replacement; the methods
-    are independent. The plain percentiles of so few values are too narrow: for three runs against
+    A draw takes runs with replacement, each as the mean of its trainings: their noise is in the
+    spread of these means already, and trainings drawn again would count it twice. The methods are
+    independent. The plain percentiles of so few values are too narrow: for three runs against
     three they leave out 0 in one of five comparisons of a method with itself. So deviations
     from the mean are widened by sqrt(n / (n - 1)) and by Student's t over the normal quantile,
     with Welch's degrees of freedom.
@@ -77,8 +78,8 @@ def difference(
     rng = np.random.default_rng(seed)
     deviations = [
         math.sqrt(len(run_means) / (len(run_means) - 1))
-        * (resampled_means(groups, num_draws, rng) - run_means.mean())
-        for groups, run_means in zip(rewards, means, strict=True)
+        * (resampled_means(run_means, num_draws, rng) - run_means.mean())
+        for run_means in means
     ]
     tail = (1 - LEVEL) / 2
     low, high = np.quantile(deviations[0] - deviations[1], [tail, 1 - tail])
@@ -93,15 +94,9 @@ def difference(
     )
 
 
-def resampled_means(groups: Rewards, num_draws: int, rng: np.random.Generator) -> np.ndarray:
-    """Means of draws of runs, and of trainings within them: `[num_draws]`."""
-    chosen = rng.integers(len(groups), size=(num_draws, len(groups)))
-    values = np.empty(chosen.shape)
-    for run, group in enumerate(groups):
-        where = chosen == run
-        drawn = rng.choice(np.asarray(group), size=(int(where.sum()), len(group)))
-        values[where] = drawn.mean(axis=1)
-    return values.mean(axis=1)
+def resampled_means(values: np.ndarray, num_draws: int, rng: np.random.Generator) -> np.ndarray:
+    """Means of draws with replacement, of as many values: `[num_draws]`."""
+    return rng.choice(values, size=(num_draws, len(values))).mean(axis=1)
 
 
 def student_quantile(probability: float, freedom: float) -> float:

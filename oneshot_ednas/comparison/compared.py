@@ -83,7 +83,7 @@ def compared(folders: Sequence[Path], *, baseline: str | None = None) -> Compari
         differences=tuple(differences),
         baseline=reference,
         gains=gains,
-        notes=(*_warnings(methods), *notes),
+        notes=(*_warnings(methods), *_made_otherwise(runs), *notes),
     )
 
 
@@ -125,6 +125,18 @@ def _benchmarks(method: Method) -> set[str]:
         for one in method.found
         if one.run.results and "benchmark" in one.run.results
     }
+
+
+def _made_otherwise(runs: Sequence[RecordedRun]) -> list[str]:
+    """Devices and versions of finished runs, where they are not the same."""
+    notes = []
+    made = [run.results["versions"] for run in runs if run.results and "versions" in run.results]
+    for name in dict.fromkeys(name for one in made for name in one):
+        values = sorted({one.get(name) or "unknown" for one in made})
+        if len(values) > 1:
+            effect = "seconds do not compare" if name == "device" else "figures may differ by that"
+            notes.append(f"Runs were made with different {name}: {', '.join(values)}; {effect}.")
+    return notes
 
 
 def _warnings(methods: Sequence[Method]) -> list[str]:

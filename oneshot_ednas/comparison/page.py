@@ -19,7 +19,16 @@ from oneshot_ednas.comparison.tables import (
     run_rows,
     verdict,
 )
-from oneshot_ednas.report.markup import Html, document, figure, join, number, table, tag
+from oneshot_ednas.report.markup import (
+    Html,
+    document,
+    figure,
+    join,
+    markdown_table,
+    number,
+    table,
+    tag,
+)
 from oneshot_ednas.reward import Deltas
 from oneshot_ednas.store import write_bytes, write_json, write_text
 
@@ -34,7 +43,7 @@ HOW_GAINS = (
     "seeds."
 )
 HOW_DIFFERENCES = (
-    f"Bootstrap of {NUM_DRAWS:,} draws over runs and, within them, trainings, at {LEVEL:.0%}, "
+    f"Bootstrap of {NUM_DRAWS:,} draws over runs, each the mean of its trainings, at {LEVEL:.0%}, "
     f"widened by Student's t for few seeds. Only where the interval leaves out 0 is a method "
     f"called better. With many pairs some interval leaves out 0 by chance."
 )
@@ -183,24 +192,17 @@ def to_markdown(found: Comparison) -> str:
     labels = [method.label for method in found.methods]
     parts = ["# Comparison", verdict(found)]
     parts += ["\n".join(f"- {note}" for note in found.notes)] if found.notes else []
-    parts += ["## Results", _markdown(["", *labels], result_rows(found)), HOW_RESULTS]
-    parts += ["## Differences", _markdown(DIFFERENCE_HEAD, difference_rows(found))]
+    parts += ["## Results", markdown_table(["", *labels], result_rows(found)), HOW_RESULTS]
+    parts += ["## Differences", markdown_table(DIFFERENCE_HEAD, difference_rows(found))]
     parts += [HOW_DIFFERENCES, "![Rewards and differences](rewards.png)"]
     if found.gains:
         assert found.baseline is not None
         parts.append(f"## Gain over {found.baseline.label}")
-        parts += [_markdown(["", *labels], gain_rows(found)), HOW_GAINS]
+        parts += [markdown_table(["", *labels], gain_rows(found)), HOW_GAINS]
     parts += ["## Anytime", "![Reward against cost](anytime.png)", HOW_ANYTIME]
     parts += ["## Accuracy and latency", "![Accuracy against latency](pareto.png)", HOW_PARETO]
-    parts += ["## Runs", _markdown(RUN_HEAD, run_rows(found))]
+    parts += ["## Runs", markdown_table(RUN_HEAD, run_rows(found))]
     return "\n\n".join(parts) + "\n"
-
-
-def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join(
-        f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines
-    )
 
 
 # HTML ---------------------------------------------------------------------------------------

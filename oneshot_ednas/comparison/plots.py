@@ -150,7 +150,7 @@ def _seen(axes: Axes, found: Found, colour: str, marker: str) -> None:
         style = {"marker": "o", "markersize": 4, "markerfacecolor": "none", "alpha": 0.7}
     axes.plot([x for _, x, _ in dots], [y for _, _, y in dots], linestyle="", color=colour, **style)
     # Candidates are ranked; a trial is known by its architecture.
-    picked = [dot for dot in dots if dot[0] == found.figures["architecture"]] or dots[:1]
+    picked = [dot for dot in dots if dot[0] == found.figures["architecture"] or not run.trials]
     for _, x, y in picked[:1]:
         size = SIZES.get(marker, 8.0)
         axes.plot(x, y, marker, color=colour, markersize=size, markeredgecolor="black", zorder=4)

@@ -56,7 +56,8 @@ class RecordedRun:
         if self.method != "one_shot":
             return flatten({"multi_trial": to_plain(config.multi_trial)})
         search = to_plain(config.search)
-        del search["splits"]  # of all methods
+        # Those of all methods; which frames a split holds depends on a seed in every run.
+        del search["splits"], search["split_seed"]
         return flatten({"search": search, "derive": to_plain(config.derive)})
 
 

@@ -2,13 +2,13 @@
 
 import datetime
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from oneshot_ednas.benchmark.settings import training_differences
 from oneshot_ednas.benchmark.surrogate import BenchmarkTrainer
 from oneshot_ednas.benchmark.table import Benchmark
-from oneshot_ednas.config import ExperimentConfig, what_defines
+from oneshot_ednas.config import ExperimentConfig
 from oneshot_ednas.deploy import file_digest
 from oneshot_ednas.multi_trial.search import (
     MultiTrialSearch,
@@ -18,20 +18,9 @@ from oneshot_ednas.multi_trial.search import (
 )
 from oneshot_ednas.multi_trial.trials import TrialStore
 from oneshot_ednas.run_folder import Problem, versions
-from oneshot_ednas.schema import to_plain
 from oneshot_ednas.store import write_json
 from oneshot_ednas.workers import SerialExecutor, Workers
 
-SAME_KEYS = (
-    "data",
-    "tasks",
-    "search.splits",
-    "retrain.batch_size",
-    "retrain.optimizer",
-    "retrain.calibration_batches",
-    "multi_trial.steps",
-)
-"""Settings of a trial's training, in which config and benchmark must agree."""
 EVENTS_PER_COMMIT = 200
 """A search that is killed repeats at most so many events, in a second or two."""
 
@@ -60,14 +49,12 @@ class BenchmarkSearch(Problem):
                 f"{path} is of space {self.benchmark.space.name}, the config's space "
                 f"{self.space.name} is another; search with the benchmark's own config"
             )
-        ours = to_plain(what_defines(config))
-        for key in SAME_KEYS:
-            held, asked = _setting(self.benchmark.config, key), _setting(ours, key)
-            if held != asked:
-                raise ValueError(
-                    f"{path}: its trainings have {key} {held}, the config has {asked}; search "
-                    f"with the benchmark's own config"
-                )
+        differing = training_differences(self.benchmark.config, config)
+        if differing:
+            raise ValueError(
+                f"{path}: its trainings were made with other settings: {', '.join(differing)}; "
+                f"search with the benchmark's own config"
+            )
 
     @property
     def _contents(self) -> dict[Path, tuple[str, str]]:
@@ -114,11 +101,3 @@ class BenchmarkSearch(Problem):
         }
         write_json(self.files.results, results)
         return results
-
-
-def _setting(config: Mapping[str, Any], key: str) -> Any:
-    value: Any = config
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
-    # As JSON has it, where a tuple is a list.
-    return json.loads(json.dumps(value))

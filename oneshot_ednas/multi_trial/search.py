@@ -123,8 +123,8 @@ class MultiTrialSearch:
     """A search over trials, from where its store left it.
 
     A failed trial is told as the worst reward so far (0 if there is none), so that the search
-    moves away from it. An architecture that had its trial is not trained again: the proposal is a
-    `duplicate`, with the same figures and without cost.
+    moves away from it. An architecture with a trial that is done or still runs is not trained
+    again: the proposal is a `duplicate`, with the same figures and without cost.
     """
 
     def __init__(
@@ -145,8 +145,8 @@ class MultiTrialSearch:
         self.problem, self.store, self.train = problem, store, train
         self.config = config.multi_trial
         self._proposals = Proposals(config.method, problem.space, self.config, config.seed)
-        self._first: dict[Architecture, int] = {}
-        """Number of the first trial of each architecture."""
+        self._trained: dict[Architecture, int] = {}
+        """Number of the last trial of each architecture that is no duplicate."""
         self._spent = 0.0
         """Multiply-adds of all trainings that were begun."""
         self._worst: float | None = None
@@ -236,7 +236,7 @@ class MultiTrialSearch:
             architecture=architecture,
             choices=self.problem.space.encode(architecture),
             seed=derived_seed(self.problem.config.seed, "trial", number),
-            state="duplicate" if architecture in self._first else "running",
+            state="duplicate" if self._has_trial(architecture) else "running",
             proposed=event,
             latency_ms=self.problem.costs.latency_ms(architecture),
         )
@@ -247,8 +247,14 @@ class MultiTrialSearch:
         self._register(trial)
         return trial
 
+    def _has_trial(self, architecture: Architecture) -> bool:
+        """Whether a trial of it is done or runs; one that failed may have failed by chance."""
+        number = self._trained.get(architecture)
+        return number is not None and self.store.trials[number].state != "failed"
+
     def _register(self, trial: Trial) -> None:
-        if self._first.setdefault(trial.architecture, trial.number) == trial.number:
+        if trial.state != "duplicate":
+            self._trained[trial.architecture] = trial.number
             self._spent += self._macs(trial)
 
     def _macs(self, trial: Trial) -> float:
@@ -257,7 +263,7 @@ class MultiTrialSearch:
 
     def _begin(self, trial: Trial, workers: Workers, log: StageLog) -> None:
         if trial.state == "duplicate":
-            original = self.store.trials[self._first[trial.architecture]]
+            original = self.store.trials[self._trained[trial.architecture]]
             if original.ended is None:
                 self._waiting.append(trial)
             else:
@@ -281,29 +287,36 @@ class MultiTrialSearch:
             )
 
     def _ended(self, future: Future[Outcome], trial: Trial, began: float) -> Trial:
-        """The trial with what came of it."""
-        try:
-            return self._scored(trial, future.result())
-        except RuntimeError as error:
-            text = " ".join(str(error).split()) or type(error).__name__
-            return replace(
-                trial,
-                state="failed",
-                error=text[:MAX_ERROR_LENGTH],
-                seconds=time.perf_counter() - began,
-                macs=self._macs(trial),
-            )
-
-    def _scored(self, trial: Trial, outcome: Outcome) -> Trial:
-        """The trial with its figures.
+        """The trial with what came of it.
 
         Raises:
-            RuntimeError: if a metric is not finite.
+            ValueError: if config, data or run folder are wrong, which the next trial's are too.
         """
+        error = future.exception()
+        if error is None:
+            return self._scored(trial, future.result(), began)
+        if isinstance(error, ValueError) or not isinstance(error, Exception):
+            raise error
+        text = " ".join(str(error).split())
+        if not isinstance(error, RuntimeError) or not text:
+            text = f"{type(error).__name__}: {text}".removesuffix(": ")
+        return self._failed(trial, text, began)
+
+    def _failed(self, trial: Trial, error: str, began: float) -> Trial:
+        return replace(
+            trial,
+            state="failed",
+            error=error[:MAX_ERROR_LENGTH],
+            seconds=time.perf_counter() - began,
+            macs=self._macs(trial),
+        )
+
+    def _scored(self, trial: Trial, outcome: Outcome, began: float) -> Trial:
+        """The trial with its figures; failed if a metric is not finite."""
         try:
             accuracy = accuracy_of(self.problem.tasks, outcome.metrics)
         except ValueError as error:
-            raise RuntimeError(f"no reward: {error}") from None
+            return self._failed(trial, f"no reward: {error}", began)
         return replace(
             trial,
             state="done",
@@ -348,7 +361,8 @@ class MultiTrialSearch:
     def _keep_finished(self) -> None:
         """Lose no trial that is done when the search stops."""
         for future, (trial, began) in self._running.items():
-            if future.done():
-                ended = self._ended(future, trial, began)
-                if ended.state == "done":  # a failure may come of the stop itself
+            # A failure may come of the stop itself; its trial is done again.
+            if future.done() and not future.cancelled() and future.exception() is None:
+                ended = self._scored(trial, future.result(), began)
+                if ended.state == "done":
                     self.store.end(replace(ended, ended=self.store.num_events))

@@ -8,7 +8,7 @@ import json
 import os
 import sqlite3
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -85,7 +85,12 @@ def read_trials(path: str | Path) -> list[Trial]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no trials {path}")
-    with _clear_errors(path), closing(_connect(path, is_read_only=True)) as connection:
+    # What a killed search left half-written is undone by whoever opens the file next: by writing.
+    is_left = path.with_name(f"{path.name}-journal").exists()
+    with (
+        _clear_errors(path, then="try again"),
+        closing(_connect(path, "rw" if is_left else "ro")) as connection,
+    ):
         return _read(path, connection)
 
 
@@ -112,19 +117,20 @@ class TrialStore:
         self._uncommitted = 0
         is_new = not path.exists() or path.stat().st_size == 0
         with _clear_errors(path):
-            self._connection = _connect(path)
-            try:
+            self._connection = _connect(path, "rwc")
+        try:
+            with _clear_errors(path):
                 if is_new:
                     self._begin()
                 self.trials = {trial.number: trial for trial in _read(path, self._connection)}
-            except BaseException:
-                self._connection.close()
-                raise
-        self.num_events = len(self.trials)
-        """Proposals and ends so far."""
-        self.num_events += sum(trial.ended is not None for trial in self.trials.values())
-        self._take_in_unsaved()
-        self._reserve()
+            self.num_events = len(self.trials)
+            """Proposals and ends so far."""
+            self.num_events += sum(trial.ended is not None for trial in self.trials.values())
+            self._take_in_unsaved()
+            self._reserve()
+        except BaseException:
+            self._connection.close()
+            raise
 
     def _begin(self) -> None:
         columns = ", ".join(f"{name} {kind}" for name, kind in _COLUMNS.items())
@@ -221,17 +227,28 @@ class TrialStore:
                     self._uncommitted = 0
         except (RuntimeError, ValueError):
             self._is_broken = True
-            self._connection.rollback()  # or it keeps others out
+            with suppress(sqlite3.Error):  # the first error says more
+                self._connection.rollback()  # or it keeps others out
             raise
 
     # Ends that could not be written ---------------------------------------------------------
 
     def _reserve(self) -> None:
-        """Set disk space aside for trials that end while the disk is full."""
-        with self._unsaved_path.open("wb") as file:
-            file.write(b"\n" * RESERVE_BYTES)
-            file.flush()
-            os.fsync(file.fileno())
+        """Set disk space aside for trials that end while the disk is full.
+
+        Raises:
+            RuntimeError: if there is none.
+        """
+        try:
+            with self._unsaved_path.open("wb") as file:
+                file.write(b"\n" * RESERVE_BYTES)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise RuntimeError(
+                f"{self._unsaved_path}: {error.strerror or error}; make room for it, then go on "
+                f"with --resume"
+            ) from None
 
     def _put_aside(self, row: dict[str, Any]) -> None:
         self._unsaved.append(row)
@@ -270,8 +287,8 @@ class TrialStore:
 # SQLite -------------------------------------------------------------------------------------
 
 
-def _connect(path: Path, *, is_read_only: bool = False) -> sqlite3.Connection:
-    address = f"{path.absolute().as_uri()}?mode={'ro' if is_read_only else 'rwc'}"
+def _connect(path: Path, mode: Literal["ro", "rw", "rwc"]) -> sqlite3.Connection:
+    address = f"{path.absolute().as_uri()}?mode={mode}"
     return sqlite3.connect(address, uri=True, timeout=BUSY_SECONDS)
 
 
@@ -308,7 +325,7 @@ def _from_row(row: Mapping[str, Any]) -> Trial:
 
 
 @contextmanager
-def _clear_errors(path: Path) -> Iterator[None]:
+def _clear_errors(path: Path, *, then: str = "go on with --resume") -> Iterator[None]:
     """SQLite's errors as one line that says what to do; what has been committed stays."""
     try:
         yield
@@ -319,7 +336,7 @@ def _clear_errors(path: Path) -> Iterator[None]:
         ) from None
     except sqlite3.OperationalError as error:
         raise RuntimeError(
-            f"{path}: {error}; finished trials are kept; {_cure(error)}, then go on with --resume"
+            f"{path}: {error}; finished trials are kept; {_cure(error)}, then {then}"
         ) from None
     except sqlite3.DatabaseError as error:
         raise ValueError(_damaged(path, str(error))) from None

@@ -36,6 +36,14 @@ def table(head: Sequence[object], rows: Iterable[Sequence[object]], class_: str)
     return tag("div", inside, class_="scroll")
 
 
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table whose first column is text and whose others are figures."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(
+        f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines
+    )
+
+
 def figure(png: bytes, caption: str) -> Html:
     """A picture inside the page, with its caption."""
     source = "data:image/png;base64," + base64.b64encode(png).decode("ascii")

@@ -304,16 +304,18 @@ def draw_panels(
         size = (columns * inches[0], rows * inches[1])
         figure = Figure(figsize=size, layout="constrained")
         grid = list(figure.subplots(rows, columns, squeeze=False).flat)
-        for axes, (title, draw) in zip(grid, panels.items(), strict=True):
+        for axes in grid[len(panels) :]:
+            axes.set_visible(False)
+        for axes, (title, draw) in zip(grid, panels.items(), strict=False):
             axes.set_title(title)
             draw(axes)
             count = len(axes.get_legend_handles_labels()[1])
             if count > 1:
                 below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.22)}
                 axes.legend(**below, ncols=4 if count == 4 else 3)
-            if not any(len(line.get_xdata()) for line in axes.lines):
+            if not axes.collections and not any(len(line.get_xdata()) for line in axes.lines):
                 axes.text(0.5, 0.5, "not logged", color=GREY, ha="center", transform=axes.transAxes)
-    return figure, grid
+    return figure, grid[: len(panels)]
 
 
 def to_png(figure: Figure, dpi: int = PIXELS_PER_INCH) -> bytes:
