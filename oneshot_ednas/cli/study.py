@@ -151,7 +151,7 @@ def rank(
 
 def _command(name: str, config: str, overrides: Sequence[str]) -> str:
     """The command for a file that others read: without the folders of this machine."""
-    words = ["oneshot-ednas", name, Path(config).name]
+    words = ["oneshot-ednas", name, Path(config).name if Path(config).is_absolute() else config]
     for override in overrides:
         key, _, value = override.partition("=")
         words += ["--set", f"{key}={Path(value).name if Path(value).is_absolute() else value}"]
