@@ -36,7 +36,9 @@ TIMED = ["search", "derive", *STAGES[1:], "evaluate"]
 
 def figures(results: dict) -> dict:
     """Results without what differs from run to run."""
-    kept = {key: value for key, value in results.items() if key not in ("seconds", "date", "versions")}
+    kept = {
+        key: value for key, value in results.items() if key not in ("seconds", "date", "versions")
+    }
     macs = {key: value for key, value in results["cost"].items() if key.endswith("_macs")}
     return kept | {"cost": macs}
 
