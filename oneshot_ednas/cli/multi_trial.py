@@ -68,7 +68,7 @@ def evolve(
     if benchmark is not None:
         if workers != "1" or data is not None:
             raise ValueError("--benchmark trains nothing: leave out --workers and --data")
-        search = BenchmarkSearch(settings, out, benchmark)
+        search = BenchmarkSearch(settings, out, find_file(benchmark))
         search.open(resume=resume)
         results = search.run()
     else:

@@ -108,7 +108,7 @@ def rank(
     experiment = Experiment(with_data(load_config(find_file(config), overrides), data), out)
     given, given_made = {}, {}
     if benchmark_file is not None:
-        known = Benchmark.load(benchmark_file)
+        known = Benchmark.load(find_file(benchmark_file))
         given, given_made = given_by(known, experiment), known.made
     search = open_search(experiment, run_folder)
     with open_workers(workers) as pool:
