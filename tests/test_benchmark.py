@@ -298,7 +298,7 @@ def test_trainings_that_are_given_are_not_done_again(study_folder, project, tmp_
 def test_a_benchmark_of_other_trainings_is_refused(study_folder, project, tmp_path, override, key):
     held = Benchmark.load(study_folder / "benchmark.json")
     config = load_config(project / "config.yaml", [*STUDY, override])
-    with pytest.raises(ValueError, match=rf"made with other settings: {key}[,;]"):
+    with pytest.raises(ValueError, match=rf"made with other settings:.* {key}[,;]"):
         given_by(held, Experiment(config, tmp_path / "other"))
 
 

@@ -70,7 +70,12 @@ def refused(*arguments: object) -> str:
 
 
 def figures(results: dict) -> dict:
-    return {key: value for key, value in results.items() if key not in ("seconds", "date")}
+    """Results without what differs from run to run."""
+    kept = {
+        key: value for key, value in results.items() if key not in ("seconds", "date", "versions")
+    }
+    macs = {key: value for key, value in results["cost"].items() if key.endswith("_macs")}
+    return kept | {"cost": macs}
 
 
 @pytest.fixture(autouse=True)

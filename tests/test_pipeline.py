@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from test_cli import call, good
+from test_cli import call, figures, good
 from tiny import new_run, tiny_table
 
 from oneshot_ednas.architecture import Architecture
@@ -32,15 +32,6 @@ from oneshot_ednas.workers import open_workers
 
 STAGES = ["search", "retrain.seed_0", "retrain.seed_1", "baseline.base", "baseline.random"]
 TIMED = ["search", "derive", *STAGES[1:], "evaluate"]
-
-
-def figures(results: dict) -> dict:
-    """Results without what differs from run to run."""
-    kept = {
-        key: value for key, value in results.items() if key not in ("seconds", "date", "versions")
-    }
-    macs = {key: value for key, value in results["cost"].items() if key.endswith("_macs")}
-    return kept | {"cost": macs}
 
 
 def same_checkpoints(one, other) -> bool:
