@@ -12,11 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from oneshot_ednas.architecture import Architecture
-from oneshot_ednas.benchmark.build import data_digests
 from oneshot_ednas.benchmark.table import Benchmark
 from oneshot_ednas.config import ExperimentConfig
 from oneshot_ednas.deploy import file_digest
-from oneshot_ednas.latency.operations import network_macs
 from oneshot_ednas.models.network import build_network
 from oneshot_ednas.rank_correlation import (
     Agreement,
@@ -86,8 +84,9 @@ def open_search(experiment: Experiment, folder: Path) -> OneShotSearch:
     ours = experiment.config
     same = {
         "space": SearchSpace.load(files.space) == experiment.space,
-        "data": read_json(files.data) == data_digests(experiment),
-        "splits (search.splits, split_seed, seed)": read_json(files.splits) == _sources(experiment),
+        "data": read_json(files.data) == experiment.data_digests,
+        "splits (search.splits, split_seed, seed)": read_json(files.splits)
+        == experiment.split_sources,
         "tasks": config.tasks == ours.tasks,
     }
     differing = [name for name, is_same in same.items() if not is_same]
@@ -109,11 +108,6 @@ def open_search(experiment: Experiment, folder: Path) -> OneShotSearch:
     )
     resume_search(search, checkpoint)
     return search
-
-
-def _sources(experiment: Experiment) -> dict[str, list[str]]:
-    sources = experiment.train.sources
-    return {name: [sources[i] for i in part] for name, part in experiment.indices.items()}
 
 
 def supernet_scores(
@@ -202,13 +196,12 @@ def rank_results(
         )
     architectures = [entry.architecture for entry in entries]
     names = [entry.architecture for entry in repeated]
-    seed, out_channels = experiment.config.seed, experiment.out_channels
+    seed = experiment.config.seed
     counts = resample_counts(len(entries), numpy_generator(seed, "bootstrap"))
-    size = experiment.config.data.image_size
     predictors = {
         name: np.array([predict(one) for one in architectures], dtype=float)
         for name, predict in {
-            "multiply_adds": lambda one: network_macs(experiment.space, one, size, out_channels),
+            "multiply_adds": experiment.macs,
             "parameters": lambda one: _num_parameters(experiment, one),
             "latency_ms": experiment.costs.latency_ms,
         }.items()

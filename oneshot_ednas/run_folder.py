@@ -321,15 +321,22 @@ class Experiment(Problem):
 
     @property
     def _contents(self) -> dict[Path, tuple[str, str]]:
-        splits = {
-            name: [self.train.sources[i] for i in part] for name, part in self.indices.items()
-        }
-        digests = {split.name: split.digest() for split in (self.train, self.test)}
         return {
-            self.files.splits: ("data", json.dumps(splits, indent=1) + "\n"),
-            self.files.data: ("data", json.dumps(digests, indent=1) + "\n"),
+            self.files.splits: ("data", json.dumps(self.split_sources, indent=1) + "\n"),
+            self.files.data: ("data", json.dumps(self.data_digests, indent=1) + "\n"),
             **super()._contents,
         }
+
+    @property
+    def split_sources(self) -> dict[str, list[str]]:
+        """Frames of the weight, alpha and validation splits."""
+        sources = self.train.sources
+        return {name: [sources[i] for i in part] for name, part in self.indices.items()}
+
+    @property
+    def data_digests(self) -> dict[str, str]:
+        """What images and targets of the training and the test split hold."""
+        return {split.name: split.digest() for split in (self.train, self.test)}
 
     def part(self, name: str) -> PackedSplit:
         """The `weights`, `alpha` or `validation` split."""

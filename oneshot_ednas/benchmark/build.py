@@ -162,7 +162,7 @@ class Study:
             "command": command,
             "date": max(dates, default=datetime.date.today().isoformat()),
             "versions": self._versions | {name: ", ".join(found) for name, found in seen.items()},
-            "data": data_digests(self.experiment),
+            "data": self.experiment.data_digests,
             **({"given": dict(self.given_made)} if self.given else {}),
         }
 
@@ -188,11 +188,6 @@ def outcomes(
         done = wait(running, return_when=FIRST_COMPLETED).done
         for future in sorted(done, key=lambda one: one.exception() is not None):
             yield running.pop(future), future.result()
-
-
-def data_digests(experiment: Experiment) -> dict[str, str]:
-    """What images and targets of both splits hold."""
-    return {split.name: split.digest() for split in (experiment.train, experiment.test)}
 
 
 def _without_folders(config: ExperimentConfig) -> ExperimentConfig:
@@ -235,7 +230,7 @@ def given_by(benchmark: Benchmark, experiment: Experiment) -> dict[Job, Training
         "seed": stored.get("seed") == now["seed"],
         "search.split_seed": split_seed(stored) == split_seed(now),
         # Older files do not tell.
-        "data (its content)": data is None or data == data_digests(experiment),
+        "data (its content)": data is None or data == experiment.data_digests,
     }
     differing = [name for name, is_same in same.items() if not is_same]
     differing += training_differences(stored, experiment.config)

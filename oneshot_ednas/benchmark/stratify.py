@@ -4,7 +4,6 @@ Uniform draws are much alike: every network has about half of its blocks wide, h
 large. Rankings of such a sample show noise more than anything else.
 """
 
-import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -49,15 +48,13 @@ def stratified_sample(
             f"space {space.name} has {space.num_architectures} architectures, "
             f"{count} distinct ones were asked for"
         )
-    pool: dict[Architecture, float] = {}
+    pool: dict[Architecture, None] = {}  # an ordered set
     while len(pool) < min(POOL_FACTOR * count, (space.num_architectures + 1) // 2):
-        architecture = _leaning(space, generator)
-        macs = network_macs(space, architecture, image_size, out_channels)
-        pool[architecture] = math.log(macs)
+        pool[_leaning(space, generator)] = None
     while len(pool) < count:  # a tiny space, of which almost all is asked for
-        architecture = space.sample(generator)
-        pool[architecture] = math.log(network_macs(space, architecture, image_size, out_channels))
-    names, sizes = list(pool), np.array(list(pool.values()))
+        pool[space.sample(generator)] = None
+    names = list(pool)
+    sizes = np.log([network_macs(space, one, image_size, out_channels) for one in names])
     inner = np.linspace(sizes.min(), sizes.max(), count + 1)[1:-1]
     strata = np.searchsorted(inner, sizes)
     _, first = np.unique(strata, return_index=True)

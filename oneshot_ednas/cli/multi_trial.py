@@ -64,7 +64,7 @@ def evolve(
     --set multi_trial.num_trials=20 --set multi_trial.steps=200
     """
     overrides = with_consent(overrides, is_given=allow_uncalibrated)
-    settings = _with_method(load_config(find_file(config), overrides), algorithm)
+    settings = _with_method(load_config(Path(config), overrides), algorithm)
     if benchmark is not None:
         if workers != "1" or data is not None:
             raise ValueError("--benchmark trains nothing: leave out --workers and --data")

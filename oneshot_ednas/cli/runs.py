@@ -26,7 +26,7 @@ from oneshot_ednas.cli.common import (
 from oneshot_ednas.config import load_config
 from oneshot_ednas.pipeline import OneShotRun, Run, run_all, run_class
 from oneshot_ednas.run_folder import RunFiles
-from oneshot_ednas.schema import find_file, read_json
+from oneshot_ednas.schema import read_json
 from oneshot_ednas.workers import open_workers
 
 
@@ -168,7 +168,7 @@ def _start(
 
 def _made(config: str, out: Path, data: Path | None, overrides: tuple[str, ...]) -> Run:
     """The run, checked; its folder is not opened yet."""
-    settings = with_data(load_config(find_file(config), overrides), data)
+    settings = with_data(load_config(Path(config), overrides), data)
     return run_class(settings)(settings, out)
 
 

@@ -58,7 +58,7 @@ def benchmark(
 
     Example: oneshot-ednas benchmark configs/benchmark_streets_tiny.yaml --out runs/benchmark
     """
-    experiment = Experiment(with_data(load_config(find_file(config), overrides), data), out)
+    experiment = Experiment(with_data(load_config(Path(config), overrides), data), out)
     with open_workers(workers) as pool:
         experiment.open(resume=resume)
         study = Study(experiment)
@@ -105,7 +105,7 @@ def rank(
     Example: oneshot-ednas rank configs/benchmark_streets_tiny.yaml --run runs/search --out
     runs/rank --benchmark runs/benchmark/benchmark.json
     """
-    experiment = Experiment(with_data(load_config(find_file(config), overrides), data), out)
+    experiment = Experiment(with_data(load_config(Path(config), overrides), data), out)
     given, given_made = {}, {}
     if benchmark_file is not None:
         known = Benchmark.load(find_file(benchmark_file))

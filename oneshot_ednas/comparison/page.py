@@ -50,9 +50,9 @@ HOW_DIFFERENCES = (
 HOW_ANYTIME = (
     "Lines: the best reward so far inside the target, on the validation split, mean over seeds "
     "with the range as a band; trials are short trainings. Dotted: a one-shot search's most "
-    "probable architecture inside the target, scored with supernet weights; its cost is its share "
-    "of the steps. Marks: the network of each run, retrained, on the test split, at the cost of "
-    "search and retraining."
+    "probable architecture inside the target, scored with supernet weights; its time is taken as "
+    "its share of the multiply-adds. Marks: the network of each run, retrained, on the test split, "
+    "at the cost of search and retraining."
 )
 HOW_PARETO = (
     "Left: what the searches saw; a black rim marks what they picked. Right: what came of the "

@@ -85,13 +85,12 @@ def read_run(folder: Path) -> RecordedRun:
                 f"{files.results}: the multiply-adds of the search are not known, since an older "
                 f"version trained part of it; search again"
             )
-    trials = folder / "trials.sqlite"
     return RecordedRun(
         folder=folder,
         config=config,
         setup=_setup(files, config),
         results=results,
-        trials=tuple(read_trials(trials)) if trials.exists() else (),
+        trials=tuple(read_trials(files.trials)) if files.trials.exists() else (),
         candidates=(
             tuple(read_json(files.candidates)["candidates"]) if files.candidates.exists() else ()
         ),
