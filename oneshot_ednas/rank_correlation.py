@@ -56,11 +56,10 @@ def weighted_kendall_tau(a: Array, b: Array, counts: Array) -> Array:
         counts: [resamples, items].
     """
     x, y = _signs(a), _signs(b)
-
-    def pairs(matrix: Array) -> Array:
-        return np.einsum("ri,ri->r", counts @ matrix, counts)
-
-    return _ratio(pairs(x * y), np.sqrt(pairs(x * x) * pairs(y * y)))
+    together, first, second = (
+        np.einsum("ri,ri->r", counts @ pairs, counts) for pairs in (x * y, x * x, y * y)
+    )
+    return _ratio(together, np.sqrt(first * second))
 
 
 def weighted_spearman(a: Array, b: Array, counts: Array) -> Array:
@@ -70,11 +69,8 @@ def weighted_spearman(a: Array, b: Array, counts: Array) -> Array:
     the signs of all pairs add up to 0, so these ranks are centred already.
     """
     x, y = counts @ _signs(a).T, counts @ _signs(b).T
-
-    def products(one: Array, other: Array) -> Array:
-        return (counts * one * other).sum(1)
-
-    return _ratio(products(x, y), np.sqrt(products(x, x) * products(y, y)))
+    together, first, second = ((counts * pair).sum(1) for pair in (x * y, x * x, y * y))
+    return _ratio(together, np.sqrt(first * second))
 
 
 def weighted_top_overlap(a: Array, b: Array, counts: Array, *, share: float) -> Array:
