@@ -288,6 +288,9 @@ class _Reader:
         others = [kind for kind in kinds if kind is not type(None)]
         if len(others) == 1:
             return self.read(node, others[0], where)
+        tagged = _by_kind(others)
+        if tagged:
+            return self._tagged(node, tagged, where)
         messages = []
         for kind in others:
             try:
@@ -295,6 +298,16 @@ class _Reader:
             except ValueError as error:
                 messages.append(str(error))
         raise ValueError(messages[-1])
+
+    def _tagged(self, node: yaml.Node, tagged: dict[str, type], where: str) -> object:
+        kinds = [value for key, _, value in self._pairs(node, where) if key == "kind"]
+        if not kinds:
+            known = ", ".join(tagged)
+            raise self.error(node, f"missing key {_join(where, 'kind')}; known: {known}")
+        kind = self._scalar(kinds[0], str, _join(where, "kind"))
+        if kind not in tagged:
+            raise self.error(kinds[0], f"{_join(where, 'kind')}: {kind}; {nearest(kind, tagged)}")
+        return self._dataclass(node, tagged[kind], where)
 
     def _tuple(self, node: yaml.Node, kinds: tuple[Any, ...], where: str) -> tuple[Any, ...]:
         if not isinstance(node, yaml.SequenceNode):
@@ -332,6 +345,17 @@ class _Reader:
             return json.loads(node.value)  # nearly all are spelt so, and YAML is slow
         except ValueError:
             return yaml.safe_load(node.value)
+
+
+def _by_kind(kinds: list[Any]) -> dict[str, type]:
+    """The dataclasses of a union by the value of their field `kind`; empty if one has none."""
+    found: dict[str, type] = {}
+    for cls in kinds:
+        hint = typing.get_type_hints(cls).get("kind") if dataclasses.is_dataclass(cls) else None
+        if typing.get_origin(hint) is not typing.Literal:
+            return {}
+        found |= {value: cast(type, cls) for value in typing.get_args(hint)}
+    return found
 
 
 def _join(where: str, key: str) -> str:

@@ -140,7 +140,8 @@ def training_batch(
     """The augmented batch of a step: a pure function of its arguments."""
     indices = batch_indices(len(split), batch_size, step, derived_seed(seed, name, "order"))
     batch = split.batch(indices, device)
-    return augment(batch, augmentation, torch_generator(seed, name, "augment", step))
+    generator = torch_generator(seed, name, "augment", step)
+    return augment(batch, augmentation, generator, split.kinds)
 
 
 def calibration_images(

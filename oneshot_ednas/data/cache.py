@@ -26,7 +26,7 @@ from jaxtyping import Bool
 
 CACHE_VARIABLE = "ONESHOT_EDNAS_CACHE"
 # Part of every identity: raise it when a change alters what is stored for the same source.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CHUNK = 16
 
 # What reading a folder that was cut short or changed by hand may raise.
@@ -48,8 +48,12 @@ class FrameSource(Protocol):
         """Name of each frame."""
 
     @property
-    def class_names(self) -> tuple[str, ...]:
-        """Names of the segmentation classes; empty without segmentation."""
+    def kinds(self) -> dict[str, str]:
+        """Row in `TARGET_KINDS` of each target."""
+
+    @property
+    def class_names(self) -> dict[str, tuple[str, ...]]:
+        """Names of the classes of each target that has some."""
 
     def identity(self) -> dict[str, object]:
         """Everything that the arrays depend on, fit for JSON."""

@@ -13,18 +13,18 @@ from torch import Tensor
 
 from oneshot_ednas.data import streets
 from oneshot_ednas.data.cache import FrameSource, Progress, default_cache_dir, load_cached
-from oneshot_ednas.data.layouts import read_frame
-from oneshot_ednas.data.manifest import Manifest, load_manifest, split_frames
+from oneshot_ednas.data.dataset import DataSet
 from oneshot_ednas.data.order import batch_indices, split_indices
 from oneshot_ednas.data.street_scene import CLASSES
+from oneshot_ednas.data.targets import TARGET_KINDS
 from oneshot_ednas.schema import to_plain
 
 __all__ = [
     "PackedSplit",
     "batch_indices",
     "default_cache_dir",
+    "folder_split",
     "load_packed",
-    "manifest_split",
     "split_indices",
     "streets_split",
 ]
@@ -42,8 +42,10 @@ class PackedSplit:
     """Rows of the arrays that belong to this split, in order."""
     sources: tuple[str, ...]
     """Name of each frame of this split."""
-    class_names: tuple[str, ...]
-    """Names of the segmentation classes, by class index."""
+    kinds: dict[str, str]
+    """Row in `TARGET_KINDS` of each array but `image`."""
+    class_names: dict[str, tuple[str, ...]]
+    """Names of the classes of each target that has some, by class index."""
     without_depth: Bool[np.ndarray, " stored"]
     """Of each row of the arrays, whether it has a depth map without a single valid pixel."""
 
@@ -107,9 +109,9 @@ class PackedSplit:
             device: where the tensors go; to a GPU they are copied from pinned memory.
 
         Returns:
-            `image` float32 [B, 3, H, W] in -1..1; `segmentation` int64 [B, H, W], 255 invalid;
-            `depth` float32 [B, 1, H, W] in metres, 0 invalid; `normals` float32 [B, 3, H, W],
-            (0, 0, 0) invalid.
+            `image` float32 [B, 3, H, W] in -1..1, and each target by its kind: class indices and
+            edges int64 [B, H, W], others float32 [B, channels, H, W]; invalid pixels as
+            `TARGET_KINDS` says.
         """
         rows = self.indices[np.asarray(indices, dtype=np.int64)]
         device = torch.device(device)
@@ -119,17 +121,18 @@ class PackedSplit:
             if device.type == "cuda":
                 stored = stored.pin_memory().to(device, non_blocking=True)
             # Stored types are the small ones; they widen on the device.
-            tensors[name] = _to_training(name, stored.to(device))
+            tensors[name] = _to_training(self.kinds.get(name), stored.to(device))
         return tensors
 
 
-def _to_training(name: str, stored: Tensor) -> Tensor:
-    if name == "segmentation":
+def _to_training(kind: str | None, stored: Tensor) -> Tensor:
+    """Stored rows of a target, or of the image for None, as `PackedSplit.batch` returns them."""
+    if kind is not None and TARGET_KINDS[kind].is_whole:
         return stored.long()
-    if name == "depth":
+    if stored.ndim == 3:
         return stored.unsqueeze(1)
     planes = stored.permute(0, 3, 1, 2).float().contiguous()
-    return planes.div_(127.5).sub_(1) if name == "image" else planes
+    return planes.div_(127.5).sub_(1) if kind is None else planes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,8 +151,12 @@ class _Streets:
         return tuple(f"{self.split}/{i}" for i in range(self.num_frames))
 
     @property
-    def class_names(self) -> tuple[str, ...]:
-        return tuple(CLASSES)
+    def kinds(self) -> dict[str, str]:
+        return dict(streets.TARGETS)
+
+    @property
+    def class_names(self) -> dict[str, tuple[str, ...]]:
+        return {"segmentation": tuple(CLASSES)}
 
     def identity(self) -> dict[str, object]:
         size = [self.num_frames, self.height, self.width]
@@ -161,50 +168,53 @@ class _Streets:
 
 @dataclass(frozen=True, kw_only=True)
 class _Files:
-    root: Path
-    manifest: Manifest
+    data: DataSet
     split: str
     height: int
     width: int
     label_map: str | None
-    tasks: tuple[str, ...]
-    frames: tuple[str, ...]
+    targets: tuple[str, ...]
 
     @property
     def name(self) -> str:
-        return f"{self.manifest.name}-{self.split}"
+        return f"{self.data.name}-{self.split}"
 
     @property
-    def class_names(self) -> tuple[str, ...]:
-        if "segmentation" not in self.tasks:
-            return ()
-        return self.manifest.label_map(self.label_map).classes
+    def frames(self) -> tuple[str, ...]:
+        return self.data.frames(self.split)
+
+    @property
+    def kinds(self) -> dict[str, str]:
+        return {name: self.data.target_kind(name) for name in self.targets}
+
+    @property
+    def class_names(self) -> dict[str, tuple[str, ...]]:
+        named = {name: self.data.class_names(name, self.label_map) for name in self.targets}
+        return {name: classes for name, classes in named.items() if classes}
 
     def identity(self) -> dict[str, object]:
         files = hashlib.sha256()
-        for frame in self.frames:
-            for source in self.manifest.file_sources(self.tasks).values():
-                path = source.find(self.root, frame)
-                status = path.stat()
-                files.update(f"{path}\t{status.st_size}\t{status.st_mtime_ns}\n".encode())
+        for path, size, changed in self.data.identity(self.split, self.targets):
+            files.update(f"{path}\t{size}\t{changed}\n".encode())
+        sources = {"image": self.data.image, **self.data.targets}
         return {
-            "manifest": to_plain(self.manifest),
+            "root": str(self.data.root),
+            "sources": {name: to_plain(source) for name, source in sources.items()},
+            "intrinsics": to_plain(self.data.intrinsics),
             "split": self.split,
             "size": [len(self.frames), self.height, self.width],
             "label_map": self.label_map,
-            "tasks": list(self.tasks),
+            "targets": list(self.targets),
             "files": files.hexdigest(),
         }
 
     def read(self, index: int) -> dict[str, np.ndarray]:
-        return read_frame(
-            self.manifest,
-            self.root,
+        return self.data.read_frame(
             self.frames[index],
             height=self.height,
             width=self.width,
+            targets=self.targets,
             label_map=self.label_map,
-            tasks=self.tasks,
         )
 
 
@@ -239,56 +249,47 @@ def streets_split(
     return load_packed(source, cache_dir=cache_dir, workers=workers, progress=progress)
 
 
-def manifest_split(
-    root: Path,
-    manifest: Path | None,
+def folder_split(
+    data: DataSet,
     split: str,
     *,
     height: int,
     width: int,
     label_map: str | None = None,
-    tasks: Collection[str] | None = None,
+    targets: Collection[str] | None = None,
     cache_dir: Path | None = None,
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> PackedSplit:
-    """A split of a data folder; see `read_frame` for what is stored.
-
-    The cache is keyed by path, size and time of change of every source file.
+    """A split of a data folder.
 
     Args:
-        root: the data folder.
-        manifest: the manifest, if it is not in the data folder.
-        split: a split of the manifest.
+        data: the data set.
+        split: one of its splits.
         height: rows of each frame.
         width: columns of each frame.
-        label_map: name of a label map; None keeps the stored classes.
-        tasks: the targets to pack; None is all that the data set has.
+        label_map: name of a label map of `segmentation`; None keeps the stored classes.
+        targets: the targets to pack; None is all that the data set has.
         cache_dir: see `default_cache_dir`, which None stands for.
         workers: processes that read; None is one per processor.
         progress: called with the frames done and the frames in all.
 
     Raises:
-        ValueError: for whatever is missing or wrong in the data folder or its manifest, or a cache
-            folder that cannot be used.
+        ValueError: for whatever is missing or wrong in the data folder, or a cache folder that
+            cannot be used.
     """
     _check_size(height, width)
-    root = root.resolve()
-    layout = load_manifest(root, manifest)
-    layout.check_tasks(layout.tasks if tasks is None else tasks)
-    # In one order, so that the same tasks named in another order find the same cache.
-    wanted = tuple(task for task in layout.tasks if tasks is None or task in tasks)
+    data.check_targets(data.targets if targets is None else targets)
     if label_map is not None:
-        layout.label_map(label_map)
+        data.label_map(label_map)
     source = _Files(
-        root=root,
-        manifest=layout,
+        data=data,
         split=split,
         height=height,
         width=width,
         label_map=label_map,
-        tasks=wanted,
-        frames=split_frames(layout, root, split),
+        # In one order, so that the same targets named in another order find the same cache.
+        targets=tuple(name for name in data.targets if targets is None or name in targets),
     )
     return load_packed(source, cache_dir=cache_dir, workers=workers, progress=progress)
 
@@ -310,6 +311,7 @@ def load_packed(
         arrays=cached.arrays,
         indices=np.arange(len(source.frames)),
         sources=source.frames,
+        kinds=source.kinds,
         class_names=source.class_names,
         without_depth=cached.without_depth,
     )

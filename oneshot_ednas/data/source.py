@@ -8,10 +8,12 @@ from typing import Literal
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from oneshot_ednas.data.packed import PackedSplit, manifest_split, streets_split
+from oneshot_ednas.data.dataset import with_num_classes
+from oneshot_ednas.data.layouts import open_data
+from oneshot_ednas.data.packed import PackedSplit, folder_split, streets_split
 from oneshot_ednas.data.transforms import AugmentConfig
 from oneshot_ednas.schema import find_file
-from oneshot_ednas.tasks import Task
+from oneshot_ednas.tasks import TASK_KINDS, Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +21,7 @@ class DataConfig:
     """Images, their size, and how they are augmented."""
 
     source: Literal["streets", "folder"] = "streets"
-    """`streets`: rendered by `data/streets.py`; `folder`: files described by a manifest."""
+    """`streets`: rendered by `data/streets.py`; `folder`: a data set on disk."""
     height: int
     """Rows of the images as the network sees them."""
     width: int
@@ -29,10 +31,12 @@ class DataConfig:
     """Streets: frames to render for the final test."""
     root: str | None = None
     """Folder: where the data lies; the command line's --data sets it."""
+    layout: str | None = None
+    """Folder: one of `data.layouts.LAYOUTS`; null goes by the files that are there."""
     manifest: str | None = None
-    """Folder: the manifest, if it is not `dataset.yaml` in the data folder."""
+    """Folder: a manifest, if it is not `dataset.yaml` in the data folder."""
     label_map: str | None = None
-    """Folder: a label map of the manifest; null keeps the stored classes."""
+    """Folder: a label map of the data set; null keeps the stored classes."""
     train_split: str = "train"
     test_split: str = "test"
     augment: AugmentConfig = AugmentConfig()
@@ -51,7 +55,7 @@ class DataConfig:
         if self.source == "streets":
             if None in frames:
                 raise ValueError("source streets needs train_frames and test_frames")
-            for name in ("root", "manifest", "label_map"):
+            for name in ("root", "layout", "manifest", "label_map"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"{name} belongs to source folder, not to streets")
         elif frames != (None, None):
@@ -92,16 +96,18 @@ def load_data(config: DataConfig, tasks: Mapping[str, Task]) -> tuple[PackedSpli
     else:
         folder = _folder(config)
         manifest = None if config.manifest is None else find_file(config.manifest, beside=folder)
+        data = open_data(folder, manifest=manifest, layout=config.layout)
+        counts = {name: task.config.num_classes for name, task in tasks.items()}
+        data = with_num_classes(data, {name: count for name, count in counts.items() if count})
 
         def load(split: str, progress: Callable[[int, int], None]) -> PackedSplit:
-            return manifest_split(
-                folder,
-                manifest,
+            return folder_split(
+                data,
                 split,
                 height=config.height,
                 width=config.width,
                 label_map=config.label_map,
-                tasks=tuple(tasks),
+                targets=tuple(tasks),
                 workers=config.workers,
                 progress=progress,
             )
@@ -129,15 +135,18 @@ def _folder(config: DataConfig) -> Path:
 
 def _check_tasks(split: PackedSplit, tasks: Mapping[str, Task]) -> None:
     for name, task in tasks.items():
-        if name not in split.arrays:
-            known = ", ".join(key for key in split.arrays if key != "image")
-            raise ValueError(f"task {name} has no targets in {split.name}; it has {known}")
-        if task.kind != name:
+        if name not in split.kinds:
             raise ValueError(
-                f"task {name} is of kind {task.kind}; the targets {name} are of kind {name}"
+                f"task {name} has no targets in {split.name}; it has {', '.join(split.kinds)}"
             )
-        count = len(split.class_names)
-        if task.config.num_classes is not None and task.config.num_classes != count:
+        expected = TASK_KINDS[task.kind].target_kind
+        if split.kinds[name] != expected:
+            raise ValueError(
+                f"task {name} is of kind {task.kind}, which learns from {expected}; "
+                f"{split.name} has {split.kinds[name]} there"
+            )
+        count = len(split.class_names.get(name, ()))
+        if task.config.num_classes not in (None, count):
             raise ValueError(
                 f"task {name}: num_classes is {task.config.num_classes}, "
                 f"{split.name} has {count} classes"

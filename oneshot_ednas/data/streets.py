@@ -34,6 +34,8 @@ SPLITS = ("train", "val", "test")
 MAX_DEPTH_M = 80.0
 """Farther surfaces keep their label and normal but have depth 0 (invalid)."""
 MIN_SIZE_PX = 16
+TARGETS = {"segmentation": "labels", "depth": "depth", "normals": "normals"}
+"""Targets of a frame and their kinds."""
 
 
 class _Solids:

@@ -5,6 +5,7 @@ enlarged by s shows a scene that is s times nearer.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from oneshot_ednas.data.manifest import IGNORE, TASKS
+from oneshot_ednas.data.targets import TARGET_KINDS
 
 # Rec. 601 weights of the brightness of an RGB pixel.
 _LUMA = (0.299, 0.587, 0.114)
@@ -46,7 +47,10 @@ class AugmentConfig:
 
 
 def augment(
-    batch: dict[str, Tensor], config: AugmentConfig, generator: torch.Generator
+    batch: dict[str, Tensor],
+    config: AugmentConfig,
+    generator: torch.Generator,
+    kinds: Mapping[str, str],
 ) -> dict[str, Tensor]:
     """A randomly changed copy of a training batch; every sample is drawn for itself.
 
@@ -54,34 +58,30 @@ def augment(
     arises that nobody measured. Pixels from outside the image are mid-grey and invalid.
 
     Args:
-        batch: `image` float32 [B, 3, H, W] in -1..1 and any of `segmentation` int64 [B, H, W]
-            (255 invalid), `depth` float32 [B, 1, H, W] (0 invalid) and `normals` float32
-            [B, 3, H, W] ((0, 0, 0) invalid).
+        batch: `image` float32 [B, 3, H, W] in -1..1 and targets, as `PackedSplit.batch` returns.
         config: what to draw.
         generator: on the CPU, whatever the batch's device; the result is a function of the batch,
             the config and the generator's state. Each sample takes the same number of draws under
             any config, so that configs can be compared sample by sample.
+        kinds: row in `TARGET_KINDS` of each target.
 
     Raises:
         ValueError: if the batch has no image, or a target that is not known here.
     """
     if "image" not in batch:
         raise ValueError(f"expected a batch with an image, got {sorted(batch)}")
-    unknown = sorted(set(batch) - {"image", *TASKS})
+    unknown = sorted(set(batch) - {"image", *kinds})
     if unknown:
-        raise ValueError(
-            f"no rule to augment {unknown[0]}; known are image, {', '.join(TASKS)}, so rename it "
-            f"or train without augmentation"
-        )
+        raise ValueError(f"no kind is given for the target {unknown[0]}; given are {sorted(kinds)}")
     image = batch["image"]
     draws = torch.rand(len(image), 7, generator=generator).to(image.device, non_blocking=True)
     result = dict(batch)
     if config.brightness or config.contrast or config.colour:
         result["image"] = _jitter(image, config, draws)
     if config.scale != (1.0, 1.0):
-        result = _scale(result, config.scale, draws)
+        result = _scale(result, config.scale, draws, kinds)
     if config.flip:
-        result = _flip(result, draws[:, _FLIP] < 0.5)
+        result = _flip(result, draws[:, _FLIP] < 0.5, kinds)
     return result
 
 
@@ -109,7 +109,10 @@ def _jitter(
 
 
 def _scale(
-    batch: dict[str, Tensor], limits: tuple[float, float], draws: Tensor
+    batch: dict[str, Tensor],
+    limits: tuple[float, float],
+    draws: Tensor,
+    kinds: Mapping[str, str],
 ) -> dict[str, Tensor]:
     """Enlarge each sample about a random place."""
     image = batch["image"]
@@ -133,20 +136,18 @@ def _scale(
         result["image"] = torch.where(inside, result["image"], 0)
     flat = (rows[:, :, None] * width + columns[:, None, :]).view(size, 1, -1)
 
-    def pick(target: Tensor, outside: int) -> Tensor:
+    for name, target in batch.items():
+        if name == "image":
+            continue
+        kind = TARGET_KINDS[kinds[name]]
         planes = target.view(size, -1, height * width)
         picked = planes.gather(2, flat.expand(-1, planes.shape[1], -1))
         picked = picked.view(size, -1, height, width)
+        if kind.enlarged:
+            picked = picked * scale[:, None, None, None] ** kind.enlarged
         if low < 1:
-            picked = torch.where(inside, picked, outside)
-        return picked.view_as(target)
-
-    if "segmentation" in batch:
-        result["segmentation"] = pick(batch["segmentation"], IGNORE)
-    if "depth" in batch:
-        result["depth"] = pick(batch["depth"], 0) / scale[:, None, None, None]
-    if "normals" in batch:
-        result["normals"] = pick(batch["normals"], 0)
+            picked = torch.where(inside, picked, kind.invalid)
+        result[name] = picked.view_as(target).to(target.dtype)
     return result
 
 
@@ -161,12 +162,15 @@ def _nearest(position: Tensor, pixels: int) -> tuple[Tensor, Tensor]:
     return index.clamp(0, pixels - 1), (index >= 0) & (index < pixels)
 
 
-def _flip(batch: dict[str, Tensor], chosen: Tensor) -> dict[str, Tensor]:
+def _flip(
+    batch: dict[str, Tensor], chosen: Tensor, kinds: Mapping[str, str]
+) -> dict[str, Tensor]:
     """Mirror the chosen samples from left to right."""
     result = {}
     for name, tensor in batch.items():
         mirrored = tensor.flip(-1)
-        if name == "normals":
-            mirrored = mirrored * mirrored.new_tensor((-1, 1, 1)).view(3, 1, 1)
+        factors = TARGET_KINDS[kinds[name]].mirrored if name != "image" else (1.0,)
+        if factors != (1.0,):
+            mirrored = mirrored * mirrored.new_tensor(factors).view(-1, 1, 1)
         result[name] = torch.where(chosen.view(-1, *[1] * (tensor.ndim - 1)), mirrored, tensor)
     return result

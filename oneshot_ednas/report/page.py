@@ -68,7 +68,7 @@ def write_report(
     tasks: Mapping[str, Task],
     space: SearchSpace,
     pictures: RunPictures,
-    class_names: Sequence[str],
+    class_names: Mapping[str, Sequence[str]],
 ) -> Path:
     """Write `report.html` and `predictions.png` into a run folder; returns the report's path.
 
@@ -78,7 +78,7 @@ def write_report(
         tasks: the tasks.
         space: the search space.
         pictures: test frames to show.
-        class_names: names of the segmentation classes, in order; may be fewer than the classes.
+        class_names: names of the classes per task, in order; may be fewer than the classes.
 
     Raises:
         FileNotFoundError: if a file of the run is missing.
@@ -284,15 +284,17 @@ def _curves(run: _Run) -> Html:
     )
 
 
-def _predictions(mosaic: bytes, tasks: Mapping[str, Task], class_names: Sequence[str]) -> Html:
+def _predictions(
+    mosaic: bytes, tasks: Mapping[str, Task], class_names: Mapping[str, Sequence[str]]
+) -> Html:
     parts = []
     for name, task in tasks.items():
         if not TASK_KINDS[task.kind].has_classes:
             continue
         colours = task.picture(np.arange(task.out_channels).reshape(1, -1))[0]
-        entries = [tag("b", name)]
+        entries, names = [tag("b", name)], class_names.get(name, ())
         for index, colour in enumerate(colours.tolist()):
-            known = class_names[index] if index < len(class_names) else f"class {index}"
+            known = names[index] if index < len(names) else f"class {index}"
             style = f"background: rgb({', '.join(map(str, colour))})"
             swatch = tag("span", class_="swatch", style=style)
             entries.append(tag("span", swatch, known))

@@ -94,6 +94,9 @@ class TaskConfig:
 class TaskKind:
     """One row of `TASK_KINDS`: everything that differs between kinds of task."""
 
+    target_kind: str
+    """The row of the targets it learns from, in `data.targets.TARGET_KINDS`."""
+
     metric_names: tuple[str, ...]
     """All metric names, as `new_metrics` computes them."""
 
@@ -363,6 +366,7 @@ def _channels_last(values: np.ndarray, task: Task) -> np.ndarray:
 
 TASK_KINDS: dict[str, TaskKind] = {
     "segmentation": TaskKind(
+        target_kind="labels",
         metric_names=metrics.SEGMENTATION_METRICS,
         reward_metrics=("miou", "pixel_accuracy"),
         lower_is_better=frozenset(),
@@ -376,6 +380,7 @@ TASK_KINDS: dict[str, TaskKind] = {
         has_classes=True,
     ),
     "depth": TaskKind(
+        target_kind="depth",
         metric_names=metrics.DEPTH_METRICS,
         reward_metrics=("absolute_error", "relative_error"),
         lower_is_better=frozenset({"absolute_error", "relative_error", "rmse"}),
@@ -389,6 +394,7 @@ TASK_KINDS: dict[str, TaskKind] = {
         is_metric_depth=True,
     ),
     "normals": TaskKind(
+        target_kind="normals",
         metric_names=metrics.NORMALS_METRICS,
         reward_metrics=metrics.NORMALS_METRICS,
         lower_is_better=frozenset({"mean_angle_deg"}),
