@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from oneshot_ednas.architecture import Architecture
+from oneshot_ednas.balancing import FIXED, BalancingConfig
 from oneshot_ednas.data.packed import PackedSplit
 from oneshot_ednas.data.transforms import AugmentConfig
 from oneshot_ednas.models.network import Network, build_network, recalibrate_bn
@@ -26,7 +27,6 @@ from oneshot_ednas.training import (
     task_losses,
     torch_generator,
     training_batch,
-    weighted_sum,
 )
 
 
@@ -40,6 +40,8 @@ class RetrainConfig:
     """Trainings of the derived network; results are averaged. The first has the run's seed, the
     others seeds derived from it, so that runs of seeds 0, 1, ... have no training in common."""
     optimizer: OptimizerConfig = OptimizerConfig()
+    balancing: BalancingConfig = BalancingConfig()
+    """The weights of the tasks' losses; those of trials, too."""
     calibration_batches: int = 16
     """Batches behind the final BN statistics, which a running average of few steps gets wrong."""
     loop: LoopConfig = LoopConfig()
@@ -91,10 +93,14 @@ class StandAloneTraining:
             torch.manual_seed(torch_generator(seed, "network").initial_seed())
             self.network = build_network(space.fix(architecture), channels).to(device)
         self.optimizer = config.optimizer.build(self.network.parameters())
+        self.balancing = config.balancing.build(
+            tasks, epoch_steps=len(split) // config.batch_size, device=device
+        )
+        self.balancing.add_to(self.optimizer)
         self.network.train()
 
     def take_step(self, step: int) -> dict[str, float | Tensor]:
-        """One step; returns losses to log.
+        """One step; returns numbers to log.
 
         Raises:
             RuntimeError: if a loss or the gradient is not finite.
@@ -113,15 +119,16 @@ class StandAloneTraining:
         self.optimizer.zero_grad(set_to_none=True)
         losses = task_losses(self.tasks, self.network(batch["image"]), batch)
         check_finite(losses, where=where, run=lambda: self.architecture)
-        loss = weighted_sum(self.tasks, losses)
+        loss, balance = self.balancing.loss(losses), self.balancing.values()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(
             self.network.parameters(), config.optimizer.clip_grad_norm
         )
         check_gradient(norm, where=where, run=lambda: self.architecture)
         self.optimizer.step()
+        self.balancing.end_step(losses)
         values = {f"loss/{name}": value.detach() for name, value in losses.items()}
-        return {"loss/weights": loss.detach(), **values}
+        return {"loss/weights": loss.detach(), **values, **balance}
 
     def recalibrate(self) -> None:
         """Recompute the BN statistics; training goes on as if nothing had happened."""
@@ -143,13 +150,14 @@ class StandAloneTraining:
             "architecture": self.architecture.to_json()["blocks"],
             "network": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "balancing": self.balancing.state_dict(),
         }
 
     def resume(self, checkpoint: Path) -> int:
         """Continue from a checkpoint file where there is one; returns the finished steps.
 
         Raises:
-            ValueError: if it is damaged or of another training.
+            ValueError: if it is damaged, or of another training or balancing.
         """
         if not checkpoint.exists():
             return 0
@@ -160,6 +168,7 @@ class StandAloneTraining:
                 f"{checkpoint}: holds another training, architecture or seed; "
                 f"delete it to train anew"
             )
+        self.balancing.load_state_dict(state.get("balancing", FIXED))
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         return int(state["step"])

@@ -316,7 +316,8 @@ class Experiment(Problem):
         """Refuse splits on which a metric would have nothing to score, before training for it."""
         scored = {"test": self.test, "validation": self.part("validation")}
         for name, split in scored.items():
-            if "depth" in self.tasks and split.num_invalid_depth_frames == len(split):
+            learned = {task.target for task in self.tasks.values()}
+            if "depth" in learned and split.num_invalid_depth_frames == len(split):
                 raise ValueError(f"none of the {len(split)} {name} frames has a valid depth")
 
     @property

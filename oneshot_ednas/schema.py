@@ -306,7 +306,9 @@ class _Reader:
             raise self.error(node, f"missing key {_join(where, 'kind')}; known: {known}")
         kind = self._scalar(kinds[0], str, _join(where, "kind"))
         if kind not in tagged:
-            raise self.error(kinds[0], f"{_join(where, 'kind')}: {kind}; {nearest(kind, tagged)}")
+            raise self.error(
+                kinds[0], f"{_join(where, 'kind')}: unknown {kind}; {nearest(kind, tagged)}"
+            )
         return self._dataclass(node, tagged[kind], where)
 
     def _tuple(self, node: yaml.Node, kinds: tuple[Any, ...], where: str) -> tuple[Any, ...]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from oneshot_ednas.architecture import Architecture
+from oneshot_ednas.balancing import FIXED, BalancingConfig
 from oneshot_ednas.data.packed import PackedSplit
 from oneshot_ednas.data.transforms import AugmentConfig
 from oneshot_ednas.latency.expected import expected_latency
@@ -89,6 +90,9 @@ class SearchConfig:
     """Gates of an alpha step: `hard` are straight-through, exactly one option forward."""
     alpha_every: int = 1
     optimizer: OptimizerConfig = OptimizerConfig()
+    balancing: BalancingConfig = BalancingConfig()
+    """The weights of the tasks' losses. Weight steps learn or measure them, on their own split;
+    alpha steps take them as they are, so that the alpha split decides on alpha alone."""
     alpha_learning_rate: float = 0.01
     alpha_weight_decay: float = 5e-5
     temperature: TemperatureConfig = TemperatureConfig()
@@ -204,6 +208,10 @@ class OneShotSearch:
         self._option_index = self.alpha.index.clone()  # stays on the CPU, where options are counted
         self.alpha.to(device)
         self.optimizer = config.optimizer.build(self.supernet.parameters())
+        self.balancing = config.balancing.build(
+            tasks, epoch_steps=len(splits["weights"]) // config.batch_size, device=device
+        )
+        self.balancing.add_to(self.optimizer)
         self.alpha_optimizer = torch.optim.Adam(
             self.alpha.parameters(),
             lr=config.alpha_learning_rate,
@@ -237,6 +245,7 @@ class OneShotSearch:
             "alpha": self.alpha.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "alpha_optimizer": self.alpha_optimizer.state_dict(),
+            "balancing": self.balancing.state_dict(),
             # Order and draws are functions of seed and step; torch's own state is kept for
             # code that draws from it, such as a user's task.
             "torch_random_state": torch.get_rng_state(),
@@ -246,7 +255,7 @@ class OneShotSearch:
         """Continue from a state.
 
         Raises:
-            ValueError: if the state is of another seed or network.
+            ValueError: if the state is of another seed, network or balancing.
         """
         if state.get("stage") != "search":
             raise ValueError(f"the checkpoint is of {state.get('stage')}, not of a search")
@@ -258,6 +267,7 @@ class OneShotSearch:
         except RuntimeError as error:
             first = str(error).splitlines()[0]
             raise ValueError(f"the checkpoint is of another network: {first}") from None
+        self.balancing.load_state_dict(state.get("balancing", FIXED))
         self.optimizer.load_state_dict(state["optimizer"])
         self.alpha_optimizer.load_state_dict(state["alpha_optimizer"])
         self.step, self.mu = state["step"], state["mu"]
@@ -347,6 +357,7 @@ class OneShotSearch:
             runs = [largest, *paths, self.extreme(paths[-1], largest=False)]
         first: dict[str, Tensor] | None = None
         total, logged = torch.zeros(()), dict[str, Tensor]()
+        balance, trained = self.balancing.values(), list[dict[str, Tensor]]()
         for architecture in runs:
             outputs = self.supernet(batch["image"], architecture)
             if first is not None and self.config.distillation:
@@ -357,20 +368,22 @@ class OneShotSearch:
             else:
                 losses = task_losses(self.tasks, outputs, batch)
             check_finite(losses, where=f"search step {step}", run=partial(str, architecture))
-            loss = weighted_sum(self.tasks, losses)
+            loss = self.balancing.loss(losses)
             (loss / len(runs)).backward()
+            trained.append({name: value.detach() for name, value in losses.items()})
             if first is None:
                 first = {name: output.detach() for name, output in outputs.items()}
             if architecture is paths[0]:
-                total, logged = loss.detach(), {n: v.detach() for n, v in losses.items()}
+                total, logged = loss.detach(), trained[-1]
             self._count(architecture)
             self._spend(
                 network_macs(self.space, architecture, self._image_size, self.out_channels), batch
             )
         self._weights_update(f"search step {step}", lambda: " and ".join(map(str, runs)))
+        self.balancing.end_step(*trained)
         values: dict[str, float | Tensor] = {"loss/weights": total}
         values |= {f"loss/{name}": loss for name, loss in logged.items()}
-        return values
+        return values | balance
 
     def _weights_update(self, where: str, run: Callable[[], object]) -> None:
         norm = torch.nn.utils.clip_grad_norm_(
@@ -385,12 +398,13 @@ class OneShotSearch:
         run = partial(largest_gates, self.space, gates)
         losses = task_losses(self.tasks, self.supernet(batch["image"], gates), batch)
         check_finite(losses, where=f"search step {step} (alpha)", run=run)
+        loss = weighted_sum(self.balancing.weights(), losses)
         # Gradients of alpha only: autograd leaves out those of the weights.
-        (task_gradient,) = torch.autograd.grad(weighted_sum(self.tasks, losses), self.alpha.logits)
+        (task_gradient,) = torch.autograd.grad(loss, self.alpha.logits)
         # Counted in full, although the gradient of the projections' weights is left out.
         self._spend(self._relaxed_macs, batch)
         values = self._alpha_update(step, task_gradient, run)
-        values["loss/alpha"] = weighted_sum(self.tasks, losses).detach()
+        values["loss/alpha"] = loss.detach()
         return values
 
     def _joint_step(self, step: int) -> dict[str, float | Tensor]:
@@ -402,16 +416,19 @@ class OneShotSearch:
         run = partial(largest_gates, self.space, gates)
         losses = task_losses(self.tasks, self.supernet(batch["image"], gates), batch)
         check_finite(losses, where=f"search step {step} (joint)", run=run)
-        loss = weighted_sum(self.tasks, losses)
+        # One backward pass serves weights, alpha and what the balancing learns. The tasks' weights
+        # are constants to alpha here, too: they do not depend on it.
+        loss, balance = self.balancing.loss(losses), self.balancing.values()
         loss.backward()
         self._weights_update(f"search step {step} (joint)", run)
+        self.balancing.end_step(losses)
         self._count(run())
         self._spend(self._relaxed_macs, batch)
         assert self.alpha.logits.grad is not None
         values = self._alpha_update(step, self.alpha.logits.grad, run)
         values |= {"temperature": self._temperature(step), "loss/weights": loss.detach()}
         values |= {f"loss/{name}": value.detach() for name, value in losses.items()}
-        return values
+        return values | balance
 
     @property
     def _image_size(self) -> tuple[int, int]:

@@ -27,7 +27,7 @@ from oneshot_ednas.data.packed import PackedSplit, batch_indices
 from oneshot_ednas.data.transforms import AugmentConfig, augment
 from oneshot_ednas.reward import accuracy_product
 from oneshot_ednas.store import write_text
-from oneshot_ednas.tasks import Task
+from oneshot_ednas.tasks import Task, lower_is_better
 
 Batch = dict[str, Tensor]
 Metrics = dict[str, dict[str, float]]
@@ -71,9 +71,8 @@ class OptimizerConfig:
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
     def apply(self, optimizer: torch.optim.Optimizer, step: int, num_steps: int) -> None:
-        """Set the learning rate of a step."""
-        for group in optimizer.param_groups:
-            group["lr"] = self.rate_at(step, num_steps)
+        """Set the learning rate of a step; groups after the weights' keep their own."""
+        optimizer.param_groups[0]["lr"] = self.rate_at(step, num_steps)
 
 
 # Seeds --------------------------------------------------------------------------------------
@@ -161,9 +160,9 @@ def task_losses(
     return {name: task.loss(outputs[name], batch[name]) for name, task in tasks.items()}
 
 
-def weighted_sum(tasks: Mapping[str, Task], losses: Mapping[str, Tensor]) -> Tensor:
-    """Sum of the losses, each times its task's weight."""
-    return torch.stack([task.loss_weight * losses[name] for name, task in tasks.items()]).sum()
+def weighted_sum(weights: Mapping[str, float | Tensor], losses: Mapping[str, Tensor]) -> Tensor:
+    """Sum over tasks of the losses, each times its weight."""
+    return torch.stack([weight * losses[name] for name, weight in weights.items()]).sum()
 
 
 def check_finite(losses: Mapping[str, Tensor], *, where: str, run: Callable[[], object]) -> None:
@@ -240,7 +239,7 @@ def evaluate(
 def accuracy_of(tasks: Mapping[str, Task], metrics: Metrics) -> float:
     """Accuracy product (EDNAS eq. 6-7) with the tasks' reward metrics."""
     weights = {name: task.reward_metrics for name, task in tasks.items()}
-    return accuracy_product(metrics, weights=weights)
+    return accuracy_product(metrics, weights=weights, lower_is_better=lower_is_better(tasks))
 
 
 # The step loop ------------------------------------------------------------------------------

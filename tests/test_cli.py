@@ -38,6 +38,9 @@ COMMANDS = [
     ("evaluate",),
     ("export",),
     ("describe",),
+    ("data", "check"),
+    ("data", "prepare"),
+    ("data", "stats"),
     ("latency", "check"),
     ("latency", "table"),
 ]
@@ -101,8 +104,9 @@ def test_help_shows_an_example_and_the_json_option(command):
 
 
 def test_every_command_is_tested():
-    names = {(name,) for name in main.commands if name != "latency"}
-    names |= {("latency", name) for name in main.commands["latency"].commands}
+    groups = ("data", "latency")
+    names = {(name,) for name in main.commands if name not in groups}
+    names |= {(group, name) for group in groups for name in main.commands[group].commands}
     assert names == set(COMMANDS)
 
 

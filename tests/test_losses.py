@@ -13,12 +13,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from oneshot_ednas.tasks.losses import (
+    balanced_cross_entropy,
     cross_entropy,
     depth_l1,
+    depth_of_log,
     depth_relative,
     inverse_cosine_similarity,
     jared,
+    l1,
+    log_depth,
+    log_depth_l1,
     normalise,
+    soft_binary_cross_entropy,
     soft_cross_entropy,
 )
 
@@ -31,6 +37,8 @@ def masked_losses(pred: Tensor, target: Tensor, valid: Tensor) -> dict[str, Tens
         return {"normals": inverse_cosine_similarity(pred, target, valid)}
     return {
         "l1": depth_l1(pred, target, valid),
+        "plain": l1(pred, target, valid),
+        "log": log_depth_l1(pred, target, valid),
         "relative": depth_relative(pred, target, valid),
         "jared": jared(pred, target, valid, 0.3),
     }
@@ -60,6 +68,11 @@ def label_batch(seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[Tens
     return logits, target
 
 
+def binary_batch(seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    logits, target = label_batch(seed, dtype)
+    return 3 * logits[:, :1], torch.where(target == 255, 255, (target < 2).long())
+
+
 @pytest.fixture
 def _without_shape_checks() -> Iterator[None]:
     """Runs as a user's program does: without the run-time shape checks of the tests."""
@@ -74,6 +87,72 @@ def test_cross_entropy_equals_numpy() -> None:
     log_p = x - np.log(np.exp(x).sum(axis=1, keepdims=True))
     picked = [-log_p[b, t[b, i, j], i, j] for b, i, j in np.ndindex(t.shape) if t[b, i, j] != 255]
     assert cross_entropy(logits, target).item() == pytest.approx(np.mean(picked), rel=1e-6)
+
+
+def test_class_weights_make_a_weighted_mean() -> None:
+    logits, target = label_batch()
+    x, t = logits.numpy().astype(np.float64), target.numpy()
+    log_p = x - np.log(np.exp(x).sum(axis=1, keepdims=True))
+    weights = np.array([0.0, 0.5, 1.0, 2.0, 3.0, 0.1])
+    places = [(b, i, j) for b, i, j in np.ndindex(t.shape) if t[b, i, j] != 255]
+    costs = [-log_p[b, t[b, i, j], i, j] for b, i, j in places]
+    expected = np.average(costs, weights=[weights[t[place]] for place in places])
+    found = cross_entropy(logits, target, class_weights=weights.tolist())
+    assert found.item() == pytest.approx(expected, rel=1e-6)
+    scaled = cross_entropy(logits, target, class_weights=(7 * weights).tolist())
+    torch.testing.assert_close(scaled, found)
+    alike = cross_entropy(logits, target, class_weights=[4.0] * 6)
+    torch.testing.assert_close(alike, cross_entropy(logits, target))
+
+
+@pytest.mark.parametrize("weight", [None, 0.95, 0.5])
+def test_balanced_cross_entropy_equals_numpy(weight: float | None) -> None:
+    logits, target = binary_batch()
+    known = target.numpy() != 255
+    x, t = logits.numpy()[:, 0][known].astype(np.float64), target.numpy()[known]
+    p = 1 / (1 + np.exp(-x))
+    w = (t == 0).mean() if weight is None else weight
+    expected = np.where(t == 1, -w * np.log(p), -(1 - w) * np.log(1 - p)).mean()
+    found = balanced_cross_entropy(logits, target, positive_weight=weight)
+    assert found.item() == pytest.approx(expected, rel=1e-5)
+    if weight == 0.5:
+        plain = torch.nn.functional.binary_cross_entropy_with_logits(
+            logits[:, 0][target != 255], target[target != 255].float()
+        )
+        torch.testing.assert_close(2 * found, plain)
+
+
+def test_balanced_classes_weigh_the_same() -> None:
+    # One positive among 100: a constant guess of one half is stationary only if they balance.
+    logits = torch.zeros(1, 1, 10, 10, requires_grad=True)
+    target = torch.zeros(1, 10, 10, dtype=torch.int64)
+    target[0, 3, 3] = 1
+    (gradient,) = torch.autograd.grad(balanced_cross_entropy(logits, target), logits)
+    assert gradient.sum().item() == pytest.approx(0, abs=1e-7)
+    assert gradient[0, 0, 3, 3] < 0
+    alone = balanced_cross_entropy(logits, torch.ones_like(target))
+    assert alone.item() == 0
+
+
+def test_log_depth_is_taskonomys() -> None:
+    metres = torch.tensor([0.0, 1 / 512, 1.0, 65535 / 512], dtype=torch.float64)
+    expected = np.log(1 + np.array([0, 1, 512, 65535])) / np.log(2**16)
+    np.testing.assert_allclose(log_depth(metres).numpy(), expected)
+    torch.testing.assert_close(depth_of_log(log_depth(metres)), metres)
+    beyond = depth_of_log(torch.tensor([-3.0, 50.0], dtype=torch.float64))
+    assert beyond.tolist() == pytest.approx([0, 65535 / 512])
+    pred, target, valid = depth_batch()
+    p, t = pred.numpy()[valid.numpy()], target.numpy()[valid.numpy()]
+    expected = np.abs(p - np.log(1 + 512 * t) / np.log(2**16)).mean()
+    assert log_depth_l1(pred, target, valid).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_soft_binary_cross_entropy_is_that_of_two_classes() -> None:
+    student, teacher = binary_batch(0)[0], binary_batch(1)[0]
+    pair = [torch.cat([torch.zeros_like(x), x], dim=1) for x in (student, teacher)]
+    torch.testing.assert_close(
+        soft_binary_cross_entropy(student, teacher), soft_cross_entropy(*pair)
+    )
 
 
 def test_depth_losses_equal_numpy() -> None:
@@ -147,6 +226,15 @@ def test_gradients_of_cross_entropies_agree_with_finite_differences() -> None:
     logits.requires_grad_()
     assert torch.autograd.gradcheck(lambda x: cross_entropy(x, target), (logits,))
     assert torch.autograd.gradcheck(lambda x: soft_cross_entropy(x, teacher), (logits,))
+    weights = [0.0, 0.5, 1.0, 2.0, 3.0, 0.1]
+    assert torch.autograd.gradcheck(
+        lambda x: cross_entropy(x, target, class_weights=weights), (logits,)
+    )
+    score, is_positive = binary_batch(dtype=torch.float64)
+    score.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: balanced_cross_entropy(x, is_positive), (score,))
+    guide = binary_batch(1, torch.float64)[0]
+    assert torch.autograd.gradcheck(lambda x: soft_binary_cross_entropy(x, guide), (score,))
 
 
 @pytest.mark.parametrize("bad", BAD_VALUES)
@@ -169,17 +257,42 @@ def test_invalid_pixels_change_neither_loss_nor_gradient(
         assert (gradient[valid.expand_as(gradient)] != 0).any()
 
 
+LABEL_LOSSES = [
+    (cross_entropy, label_batch),
+    (partial(cross_entropy, class_weights=[0.0, 0.5, 1.0, 2.0, 3.0, 0.1]), label_batch),
+    (balanced_cross_entropy, binary_batch),
+    (partial(balanced_cross_entropy, positive_weight=0.95), binary_batch),
+]
+
+
 @pytest.mark.parametrize("bad", BAD_VALUES)
-def test_ignored_pixels_give_no_gradient_even_when_the_logit_is_bad(bad: float) -> None:
-    logits, target = label_batch()
+@pytest.mark.parametrize(("loss_of", "batch"), LABEL_LOSSES)
+def test_ignored_pixels_give_no_gradient_even_when_the_logit_is_bad(
+    loss_of: Callable[..., Tensor], batch: Callable[[], tuple[Tensor, Tensor]], bad: float
+) -> None:
+    logits, target = batch()
     ignored = (target == 255).unsqueeze(1).expand_as(logits)
     spoiled = torch.where(ignored, bad, logits).requires_grad_()
-    loss = cross_entropy(spoiled, target)
+    loss = loss_of(spoiled, target)
     loss.backward()
-    assert loss.item() == pytest.approx(cross_entropy(logits, target).item())
+    assert loss.item() == pytest.approx(loss_of(logits, target).item())
     assert spoiled.grad is not None
     assert (spoiled.grad[ignored] == 0).all()
     assert torch.isfinite(spoiled.grad).all()
+    assert (spoiled.grad != 0).any()
+
+
+@pytest.mark.parametrize(("loss_of", "batch"), LABEL_LOSSES)
+def test_label_losses_are_zero_with_zero_gradients_where_nothing_is_valid(
+    loss_of: Callable[..., Tensor], batch: Callable[[], tuple[Tensor, Tensor]]
+) -> None:
+    logits, target = batch()
+    logits.requires_grad_()
+    loss = loss_of(logits, torch.full_like(target, 255))
+    loss.backward()
+    assert loss.item() == 0
+    assert logits.grad is not None
+    assert (logits.grad == 0).all()
 
 
 def test_losses_are_zero_with_zero_gradients_where_nothing_is_valid() -> None:
@@ -189,13 +302,6 @@ def test_losses_are_zero_with_zero_gradients_where_nothing_is_valid() -> None:
             assert loss.item() == 0
             (gradient,) = torch.autograd.grad(loss, pred, retain_graph=True)
             assert (gradient == 0).all()
-    logits, target = label_batch()
-    logits.requires_grad_()
-    loss = cross_entropy(logits, torch.full_like(target, 255))
-    loss.backward()
-    assert loss.item() == 0
-    assert logits.grad is not None
-    assert (logits.grad == 0).all()
 
 
 def test_a_zero_vector_is_a_right_angle_with_a_finite_gradient() -> None:
@@ -258,5 +364,8 @@ def test_shapes_that_do_not_belong_together_are_refused() -> None:
     logits, labels = label_batch()
     with pytest.raises(ValueError, match=r"expected logits \[batch, classes, height, width\]"):
         cross_entropy(logits, labels[:, :2])
-    with pytest.raises(ValueError, match="student and teacher logits of one shape"):
-        soft_cross_entropy(logits, logits[:1])
+    for loss in (soft_cross_entropy, soft_binary_cross_entropy):
+        with pytest.raises(ValueError, match="student and teacher logits of one shape"):
+            loss(logits, logits[:1])
+    with pytest.raises(ValueError, match=r"expected logits \[batch, 1, height, width\] and target"):
+        balanced_cross_entropy(logits, labels)

@@ -15,7 +15,11 @@ from oneshot_ednas.tasks.metrics import (
     PooledMetrics,
     check_labels,
     depth_metrics,
+    disparity_metrics,
+    heatmap_metrics,
+    log_depth_metrics,
     normals_metrics,
+    saliency_metrics,
     segmentation_metrics,
 )
 
@@ -56,10 +60,36 @@ def normal_maps(seed: int = 0, frames: int = 4) -> tuple[Tensor, Tensor]:
     return pred, target
 
 
+def saliency_maps(seed: int = 0, frames: int = 4) -> tuple[Tensor, Tensor]:
+    """Frame 0 is invalid; the last frame has nothing salient."""
+    generator = torch.Generator().manual_seed(seed)
+    target = (torch.rand(frames, 7, 5, generator=generator) < 0.4).long()
+    target[-1] = 0
+    noise = torch.rand(target.shape, generator=generator)
+    pred = 0.6 * target + 0.4 * noise + 0.3 * noise * (1 - target)
+    target[torch.rand(target.shape, generator=generator) < 0.2] = 255
+    target[0] = 255
+    return pred, target
+
+
+def heat_maps(seed: int = 0, frames: int = 4) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    target = torch.randn(frames, 1, 7, 5, generator=generator)
+    pred = target + torch.randn(target.shape, generator=generator)
+    target[torch.rand(target.shape, generator=generator) < 0.2] = math.nan
+    target[0] = math.inf
+    return pred, target
+
+
 CASES = [
     (lambda: segmentation_metrics(NUM_CLASSES), label_maps),
     (depth_metrics, depth_maps),
     (normals_metrics, normal_maps),
+    (lambda: segmentation_metrics(NUM_CLASSES, num_names=1), label_maps),
+    (saliency_metrics, saliency_maps),
+    (disparity_metrics, depth_maps),
+    (heatmap_metrics, heat_maps),
+    (log_depth_metrics, lambda *a, **k: (depth_maps(*a, **k)[0].abs(), depth_maps(*a, **k)[1])),
 ]
 
 
@@ -138,6 +168,52 @@ def test_depth_metrics_equal_torchmetrics() -> None:
     assert found["rmse"] == pytest.approx(MeanSquaredError(squared=False)(p, t).item())
 
 
+def test_log_depth_and_disparity_metrics_equal_numpy() -> None:
+    pred, target = depth_maps()
+    pred = pred.abs()
+    t = target.numpy().astype(np.float64)
+    valid = np.isfinite(t) & (t > 0)
+    p, t = pred.numpy().astype(np.float64)[valid], t[valid]
+    unit = [np.log(1 + 512 * metres) / np.log(2**16) for metres in (p, t)]
+    expected = {"log_absolute_error": np.abs(unit[0] - unit[1]).mean()}
+    metres = scores(depth_metrics(), pred, target)
+    assert scores(log_depth_metrics(), pred, target) == pytest.approx(expected | metres)
+    found = scores(disparity_metrics(), pred, target)
+    assert found == {name: metres[name] for name in ("absolute_error", "relative_error")}
+
+
+def test_heatmap_metrics_equal_numpy() -> None:
+    pred, target = heat_maps()
+    t = target.numpy().astype(np.float64)
+    error = np.abs(pred.numpy().astype(np.float64) - t)[np.isfinite(t)].mean()
+    assert scores(heatmap_metrics(), pred, target) == pytest.approx({"absolute_error": error})
+
+
+def test_saliency_metrics_equal_numpy() -> None:
+    pred, target = saliency_maps(frames=6)
+    iou, precision, recall = np.zeros((3, 15, 5))
+    for j, threshold in enumerate(np.linspace(0.2, 0.9, 15)):
+        for i in range(1, 6):  # frame 0 is invalid
+            known = target[i].numpy() != 255
+            found, salient = pred[i].numpy()[known] > threshold, target[i].numpy()[known] == 1
+            both, either = (found & salient).sum(), (found | salient).sum()
+            iou[j, i - 1] = both / either if either else 1
+            precision[j, i - 1] = both / max(found.sum(), 1)
+            recall[j, i - 1] = both / max(salient.sum(), 1)
+    p, r = precision.mean(axis=1), recall.mean(axis=1)
+    expected = {"iou": iou.mean(axis=1).max(), "max_f": (2 * p * r / (p + r + 1e-12)).max()}
+    assert scores(saliency_metrics(), pred, target) == pytest.approx(expected)
+    assert (iou == 1).any()
+    assert iou.mean(axis=1).argmax() not in (0, 14)
+
+
+def test_labels_that_are_neither_salient_nor_not_are_refused() -> None:
+    pred, target = saliency_maps()
+    target[1, 0, :2] = 2
+    with pytest.raises(ValueError, match="saliency target: 2 pixels are neither 0, 1 nor 255"):
+        scores(saliency_metrics(), pred, target)
+
+
 @pytest.mark.parametrize("prediction", [0.0, -3.0])
 def test_a_depth_at_or_below_zero_is_within_no_ratio(prediction: float) -> None:
     target = torch.full((1, 1, 2, 2), 3.0)
@@ -201,7 +277,8 @@ def test_scores_do_not_depend_on_predictions_under_invalid_pixels(
 ) -> None:
     pred, target = maps()
     known = target if target.ndim == 3 else target[:, :1]
-    is_invalid = (known == 255) | ~torch.isfinite(known) | ((known <= 0) & (target.ndim == 4))
+    is_depth = target.ndim == 4 and maps is not heat_maps
+    is_invalid = (known == 255) | ~torch.isfinite(known) | ((known <= 0) & is_depth)
     if pred.shape[1] == 3:
         is_invalid = ~(torch.isfinite(target).all(1, True) & (target != 0).any(1, True))
     bad = 0 if pred.dtype == torch.int64 else math.nan

@@ -1,6 +1,7 @@
 import json
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -11,21 +12,24 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from oneshot_ednas.data import cache
+from oneshot_ednas.data.manifest import open_manifest
 from oneshot_ednas.data.packed import (
     batch_indices,
     default_cache_dir,
+    folder_split,
     load_packed,
-    manifest_split,
     split_indices,
     streets_split,
 )
+from oneshot_ednas.data.targets import TARGET_KINDS
 
 
 class Frames:
     """A source that counts how often it is read."""
 
     name = "toy-train"
-    class_names = ("a", "b")
+    kinds: ClassVar = {"segmentation": "labels", "depth": "depth", "normals": "normals"}
+    class_names: ClassVar = {"segmentation": ("a", "b")}
 
     def __init__(self, count=5, version=1, blind=()):
         self.frames = tuple(f"f{i}" for i in range(count))
@@ -71,7 +75,9 @@ def write_folder(root, frames=6):
         "name": "folder",
         "image": {"folder": "rgb", "suffix": ".png"},
         "splits": {"train": "train.txt"},
-        "depth": {"folder": "depth", "suffix": ".png", "scale": 0.001},
+        "targets": {
+            "depth": {"kind": "depth", "folder": "depth", "suffix": ".png", "scale": 0.001}
+        },
     }
     (root / "dataset.yaml").write_text(yaml.safe_dump(manifest))
 
@@ -81,7 +87,8 @@ def test_a_split_holds_every_frame_in_order(tmp_path):
     assert len(packed) == 5
     assert (packed.height, packed.width) == (2, 3)
     assert packed.sources == ("f0", "f1", "f2", "f3", "f4")
-    assert packed.class_names == ("a", "b")
+    assert packed.class_names == {"segmentation": ("a", "b")}
+    assert packed.kinds == Frames.kinds
     for i in range(5):
         expected, frame = Frames().read(i), packed.frame(i)
         assert frame.keys() == expected.keys()
@@ -207,6 +214,72 @@ def test_frames_without_depth_are_kept_counted_and_named_in_a_warning(tmp_path):
     assert packed.subset([0, 1]).num_invalid_depth_frames == 1
 
 
+class Deep(Frames):
+    """Frames of a given depth, of which one pixel has another."""
+
+    def __init__(self, metres, one=None, kind="depth"):
+        super().__init__(count=3, version=[metres, one, kind])
+        self.metres, self.one = metres, one
+        self.kinds = {**Frames.kinds, "depth": kind}
+
+    def read(self, index):
+        frame = super().read(index)
+        frame["depth"][:] = self.metres
+        frame["depth"][0, 0] = self.metres if self.one is None else self.one
+        return frame
+
+
+@pytest.mark.parametrize(
+    ("metres", "one", "message"),
+    [
+        (2500, None, r"depth of toy-train has a median of 2500 m and reaches 2500 m; expected met"),
+        (120, None, "has a median of 120 m and reaches 120 m; expected metres: check its scale"),
+        (20, 65535, "has a median of 20 m and reaches 6.554e.04 m; expected metres: check its sc"),
+        (0.0025, None, "has a median of 0.0025 m and reaches 0.0025 m; expected metres"),
+    ],
+)
+def test_a_depth_that_is_hardly_in_metres_is_named_in_one_warning(tmp_path, metres, one, message):
+    for _ in range(2):  # built, and from the cache
+        with pytest.warns(UserWarning, match=message) as caught:
+            load_packed(Deep(metres, one), cache_dir=tmp_path)
+        assert len(caught) == 1
+        assert "\n" not in str(caught[0].message)
+
+
+def test_depths_of_rooms_and_streets_and_other_quantities_raise_no_warning(tmp_path):
+    for metres, one in [(0.1, 0.02), (2.5, 0), (20, 80), (90, 655)]:
+        load_packed(Deep(metres, one), cache_dir=tmp_path)
+    load_packed(Deep(2500, kind="disparity"), cache_dir=tmp_path)
+
+
+def test_targets_of_every_kind_have_their_tensors(tmp_path):
+    class Kinds(Frames):
+        kinds: ClassVar = {name: name for name in TARGET_KINDS}
+
+        def read(self, index):
+            frame = {"image": np.zeros((2, 3, 3), np.uint8)}
+            for name, kind in TARGET_KINDS.items():
+                shape = (2, 3) if kind.channels == 1 else (2, 3, kind.channels)
+                frame[name] = np.full(shape, 1, kind.dtype)
+                frame[name][0, 0] = kind.invalid
+            return frame
+
+    batch = load_packed(Kinds(), cache_dir=tmp_path).batch([0, 2, 3, 1])
+    assert {name: (tuple(t.shape), t.dtype) for name, t in batch.items() if name != "image"} == {
+        "labels": ((4, 2, 3), torch.int64),
+        "edges": ((4, 2, 3), torch.int64),
+        "depth": ((4, 1, 2, 3), torch.float32),
+        "disparity": ((4, 1, 2, 3), torch.float32),
+        "normals": ((4, 3, 2, 3), torch.float32),
+        "values": ((4, 1, 2, 3), torch.float32),
+    }
+    assert [batch[name][0, ..., 0, 0].tolist() for name in ("labels", "edges")] == [255, 255]
+    assert [batch[name][0, ..., 0, 0].tolist() for name in ("depth", "disparity")] == [[0], [0]]
+    assert batch["normals"][0, :, 0, 0].tolist() == [0, 0, 0]
+    assert bool(batch["values"][:, 0, 0, 0].isnan().all())
+    assert batch["values"].nansum() == 4 * 5
+
+
 def test_a_batch_follows_the_training_contract(tmp_path):
     packed = load_packed(Frames(), cache_dir=tmp_path)
     batch = packed.batch([3, 0])
@@ -274,34 +347,65 @@ def test_an_error_in_a_worker_process_is_raised_here(tmp_path):
 def test_a_data_folder_is_packed_and_packed_again_when_a_file_changes(tmp_path):
     write_folder(tmp_path / "data")
     options = {"height": 4, "width": 6, "cache_dir": tmp_path / "cache"}
-    packed = manifest_split(tmp_path / "data", None, "train", **options)
+    packed = folder_split(open_manifest(tmp_path / "data"), "train", **options)
     assert packed.name == "folder-train"
     assert set(packed.arrays) == {"image", "depth"}
-    assert packed.class_names == ()
+    assert packed.class_names == {}
+    assert packed.kinds == {"depth": "depth"}
     assert packed.arrays["depth"][:, 0, 0].tolist() == [1, 2, 3, 4, 5, 6]
     assert packed.arrays["image"][2, 0, 0].tolist() == [2, 4, 6]
-    manifest_split(tmp_path / "data", None, "train", **options)
+    folder_split(open_manifest(tmp_path / "data"), "train", **options)
     assert len(list((tmp_path / "cache").iterdir())) == 1
     Image.fromarray(np.full((4, 6), 9000, np.uint16)).save(tmp_path / "data/depth/0.png")
-    packed = manifest_split(tmp_path / "data", None, "train", **options)
+    packed = folder_split(open_manifest(tmp_path / "data"), "train", **options)
     assert packed.arrays["depth"][0, 0, 0] == 9
     assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_a_changed_split_is_packed_again_even_if_all_frames_lie_in_one_file(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    root = tmp_path / "data"
+    root.mkdir()
+    with h5py.File(root / "all.mat", "w") as file:
+        file["images"] = np.arange(4, dtype=np.uint8)[:, None, None, None] * np.ones((3, 6, 4), int)
+    manifest = {
+        "name": "stack",
+        "image": {"folder": ".", "suffix": "all.mat", "stack": "images"},
+        "splits": {"train": "train.txt"},
+    }
+    (root / "dataset.yaml").write_text(yaml.safe_dump(manifest))
+    for frames in ([0, 1], [2, 3]):
+        (root / "train.txt").write_text("".join(f"{i}\n" for i in frames))
+        packed = folder_split(
+            open_manifest(root), "train", height=4, width=6, cache_dir=tmp_path / "cache"
+        )
+        assert packed.arrays["image"][:, 0, 0, 0].tolist() == frames
+
+
+def test_a_target_that_is_not_packed_may_change(tmp_path):
+    write_folder(tmp_path / "data")
+    options = {"height": 4, "width": 6, "cache_dir": tmp_path / "cache", "targets": ()}
+    for scale in ("0.001", "0.002"):
+        manifest = (tmp_path / "data/dataset.yaml").read_text().replace("0.001", scale)
+        (tmp_path / "data/dataset.yaml").write_text(manifest)
+        assert folder_split(open_manifest(tmp_path / "data"), "train", **options).kinds == {}
+    assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
 def test_faults_of_a_data_folder_show_before_anything_is_built(tmp_path):
     write_folder(tmp_path / "data")
     options = {"height": 4, "width": 6, "cache_dir": tmp_path / "cache"}
     (tmp_path / "data/depth/5.png").unlink()
-    with pytest.raises(ValueError, match=r"frame 5: no file .*depth/5\.png"):
-        manifest_split(tmp_path / "data", None, "train", **options)
+    with pytest.raises(ValueError, match=r"frame 5: no file depth/5\.png"):
+        folder_split(open_manifest(tmp_path / "data"), "train", **options)
     with pytest.raises(ValueError, match="folder has no split val; known: train"):
-        manifest_split(tmp_path / "data", None, "val", **options)
-    with pytest.raises(ValueError, match="folder has no task normals"):
-        manifest_split(tmp_path / "data", None, "train", tasks=["normals"], **options)
+        folder_split(open_manifest(tmp_path / "data"), "val", **options)
+    with pytest.raises(ValueError, match="folder has no target normals"):
+        folder_split(open_manifest(tmp_path / "data"), "train", targets=["normals"], **options)
     with pytest.raises(ValueError, match="folder has no segmentation, so no label map m"):
-        manifest_split(tmp_path / "data", None, "train", label_map="m", **options)
+        folder_split(open_manifest(tmp_path / "data"), "train", label_map="m", **options)
     with pytest.raises(ValueError, match="a height and a width of at least 1, got 0 and 6"):
-        manifest_split(tmp_path / "data", None, "train", **{**options, "height": 0})
+        folder_split(open_manifest(tmp_path / "data"), "train", **{**options, "height": 0})
     assert not (tmp_path / "cache").exists()
 
 
@@ -316,7 +420,8 @@ def test_the_embedded_data_set_is_packed(tmp_path):
         "depth": ("float32", (24, 48)),
         "normals": ("float16", (24, 48, 3)),
     }
-    assert len(packed.class_names) > 2
+    assert len(packed.class_names["segmentation"]) > 2
+    assert packed.kinds == {"segmentation": "labels", "depth": "depth", "normals": "normals"}
     with pytest.raises(ValueError, match="expected at least one frame of val, got 0"):
         streets_split("val", 0, height=24, width=48, cache_dir=tmp_path)
 

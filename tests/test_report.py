@@ -4,7 +4,7 @@ import copy
 import io
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -190,7 +190,9 @@ class RunFolder:
         return RunPictures(images=images, targets=shown, predictions=guesses)
 
     def write(
-        self, pictures: RunPictures | None = None, class_names: list[str] | None = None
+        self,
+        pictures: RunPictures | None = None,
+        class_names: Mapping[str, Sequence[str]] | None = None,
     ) -> str:
         """The text of the report."""
         (self.folder / "results.json").write_text(json.dumps(self.results))
@@ -206,7 +208,7 @@ class RunFolder:
             tasks=self.tasks,
             space=self.space,
             pictures=pictures or self.pictures(),
-            class_names=CLASS_NAMES if class_names is None else class_names,
+            class_names={"segmentation": CLASS_NAMES} if class_names is None else class_names,
         )
         assert path == self.folder / "report.html"
         return path.read_text(encoding="utf-8")
@@ -316,7 +318,7 @@ def test_a_run_without_baselines_alarms_or_log_has_a_report(run: RunFolder) -> N
     run.candidates["candidates"] = run.candidates["candidates"][:1]
     run.candidates["pareto_front"] = run.candidates["pareto_front"][:1]
     run.log = []
-    page = Page(run.write(run.pictures(1), class_names=[]))
+    page = Page(run.write(run.pictures(1), class_names={}))
     assert list(page.sections) == SECTIONS
     assert "the run has no baselines" in page.words("comparison")
     assert "warning" not in page.words("headline")
@@ -417,7 +419,7 @@ def test_a_missing_file_is_named(plain: RunFolder) -> None:
     (plain.folder / "results.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"no file .*results\.json"):
         write_report(
-            plain.folder, tasks=TASKS, space=plain.space, pictures=plain.pictures(), class_names=()
+            plain.folder, tasks=TASKS, space=plain.space, pictures=plain.pictures(), class_names={}
         )
 
 

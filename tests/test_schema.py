@@ -31,6 +31,28 @@ class Inner:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Circle:
+    kind: Literal["circle"]
+    radius: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Polygon:
+    kind: Literal["square", "triangle"]
+    side: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.side <= 0:
+            raise ValueError(f"side: expected more than 0, got {self.side:g}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shapes:
+    one: Circle | Polygon | None = None
+    many: dict[str, Circle | Polygon] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Outer:
     name: str
     is_fast: bool = False
@@ -169,6 +191,55 @@ def test_to_plain_leaves_no_dataclass_tuple_or_path():
 def test_bad_text_is_refused_in_one_line_with_its_place(text, message):
     with pytest.raises(ValueError, match=message) as caught:
         read(text)
+    assert "\n" not in str(caught.value)
+
+
+def test_one_of_several_dataclasses_is_chosen_by_its_kind():
+    text = "one: {side: 2, kind: triangle}\nmany: {a: {kind: circle, radius: 3}}"
+    shapes = parse_yaml(text, Shapes, source="a.yaml")
+    expected = Shapes(
+        one=Polygon(kind="triangle", side=2.0), many={"a": Circle(kind="circle", radius=3.0)}
+    )
+    assert shapes == expected
+    assert parse_yaml(dump_yaml(shapes), Shapes, source="dumped") == shapes
+    assert parse_yaml("one: null", Shapes, source="a.yaml").one is None
+    overrides = ["many.a.kind=square", "many.a.side=4"]
+    many = parse_yaml("", Shapes, source="a.yaml", overrides=overrides).many
+    assert many == {"a": Polygon(kind="square", side=4.0)}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "one:\n  radius: 1",
+            r"^a\.yaml:2: missing key one\.kind; known: circle, square, triangle$",
+        ),
+        (
+            "many:\n  a:\n    side: 1\n    kind: sqare",
+            r"^a\.yaml:4: many\.a\.kind: unknown sqare; did you mean square\?$",
+        ),
+        (
+            "one:\n  kind: circle\n  side: 1",
+            r"^a\.yaml:3: unknown key one\.side; known: kind, radius$",
+        ),
+        ("one:\n  kind: circle", r"^a\.yaml:2: missing key one\.radius$"),
+        (
+            "one:\n  kind: circle\n  radius: big",
+            r"^a\.yaml:3: one\.radius: expected a finite number, got 'big'$",
+        ),
+        (
+            "one:\n  kind: square\n  side: 0",
+            r"^a\.yaml:2: one: side: expected more than 0, got 0$",
+        ),
+        ("one:\n  kind: [square]", r"^a\.yaml:2: one\.kind: expected text, got a list$"),
+        ("one:\n- square", r"^a\.yaml:2: one: expected keys and values, got a list$"),
+        ("one:\n  kind: circle\n  kind: square", r"^a\.yaml:3: duplicate key one\.kind$"),
+    ],
+)
+def test_faults_of_a_chosen_dataclass_are_named_with_their_line(text, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        parse_yaml(text, Shapes, source="a.yaml")
     assert "\n" not in str(caught.value)
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from tiny import CPU, FAST, SIZE, TARGET_MS
 
+from oneshot_ednas.balancing import BalancingConfig
 from oneshot_ednas.config import load_config
 from oneshot_ednas.data.order import split_indices
 from oneshot_ednas.latency.operations import network_macs, relaxed_macs
@@ -259,7 +260,7 @@ def test_several_paths_move_the_weights_by_their_mean_gradient(tiny):
         search.supernet.zero_grad()
         batch = search._batch("weights", 0)
         losses = task_losses(search.tasks, search.supernet(batch["image"], path), batch)
-        weighted_sum(search.tasks, losses).backward()
+        weighted_sum(search.balancing.weights(), losses).backward()
         gradients.append(
             {n: p.grad for n, p in search.supernet.named_parameters() if p.grad is not None}
         )
@@ -453,6 +454,9 @@ MODES = {
     "joint": {"mode": "joint", "latency": LatencyLossConfig(schedule="ramp")},
     "sandwich": {"sandwich": True, "distillation": True, "alpha_every": 2},
     "fair": {"path_sampling": "fair", "num_paths": 2},
+    "uncertainty": {"sandwich": True, "balancing": BalancingConfig(method="uncertainty")},
+    "dwa": {"batch_size": 8, "balancing": BalancingConfig(method="dwa")},
+    "dwa joint": {"mode": "joint", "batch_size": 8, "balancing": BalancingConfig(method="dwa")},
     "own": {"sharing": SharingConfig(bn_affine="per_width", kernel_transform=True)},
 }
 

@@ -11,8 +11,9 @@ MANIFEST = """\
 name: rooms
 image: {folder: rgb, suffix: .png}
 splits: {train: train.txt, test: test.txt}
-segmentation: {folder: label, suffix: .png, classes: [wall, floor, chair]}
-depth: {folder: depth, suffix: .png, scale: 0.001}
+targets:
+  segmentation: {kind: labels, folder: label, suffix: .png, classes: [wall, floor, chair]}
+  depth: {kind: depth, folder: depth, suffix: .png, scale: 0.001}
 """
 SEGMENTATION = TaskConfig(kind="segmentation", num_classes=3)
 DEPTH = TaskConfig(kind="depth")
@@ -66,7 +67,8 @@ def test_streets_give_the_asked_frames_at_the_asked_size(capsys):
 def test_a_folder_is_read_as_its_manifest_says(rooms):
     train, test = load_data(folder_config(root=str(rooms)), tasks())
     assert (train.sources, test.sources) == (("0", "1", "2", "3"), ("4", "5"))
-    assert train.class_names == ("wall", "floor", "chair")
+    assert train.class_names == {"segmentation": ("wall", "floor", "chair")}
+    assert train.kinds == {"segmentation": "labels", "depth": "depth"}
     assert train.arrays["depth"].shape == (4, 16, 32)
     assert (train.height, train.width) == (16, 32)
     assert 0.5 <= train.arrays["depth"].min() <= train.arrays["depth"].max() <= 9.0
@@ -109,7 +111,7 @@ def test_frames_that_are_trained_on_and_tested_on_are_refused(tmp_path):
             {"source": "streets", "train_frames": 3, "test_frames": 3, name: "x"},
             f"{name} belongs to source folder, not to streets",
         )
-        for name in ("root", "manifest", "label_map")
+        for name in ("root", "layout", "manifest", "label_map")
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(settings, message):
@@ -122,21 +124,23 @@ def test_a_data_folder_that_is_not_named_or_not_there_is_refused(tmp_path):
         load_data(folder_config(), tasks())
     with pytest.raises(FileNotFoundError, match=r"no data folder .*/nowhere"):
         load_data(folder_config(root=str(tmp_path / "nowhere")), tasks())
-    with pytest.raises(ValueError, match=r"no manifest .*dataset.yaml; write one"):
+    with pytest.raises(ValueError, match=r"has no known layout: found nothing; expected one of"):
         load_data(folder_config(root=str(tmp_path)), tasks())
     with pytest.raises(FileNotFoundError, match=r"no file else.yaml"):
         load_data(folder_config(root=str(tmp_path), manifest="else.yaml"), tasks())
 
 
 def test_tasks_must_match_the_data(rooms):
-    with pytest.raises(ValueError, match="rooms has no task normals; known: depth, segmentation"):
+    with pytest.raises(ValueError, match="rooms has no target normals; known: depth, segmentation"):
         load_data(folder_config(root=str(rooms)), tasks(normals=TaskConfig(kind="normals")))
     ten = TaskConfig(kind="segmentation", num_classes=10)
     message = "task segmentation: num_classes is 10, rooms-train has 3 classes"
     with pytest.raises(ValueError, match=message):
         load_data(folder_config(root=str(rooms)), tasks(segmentation=ten))
     streets = DataConfig(height=32, width=32, train_frames=32, test_frames=6, workers=1)
-    with pytest.raises(ValueError, match="task seg has no targets in streets-train; it has "):
+    with pytest.raises(ValueError, match="task seg has no target seg in streets-train; it has "):
         load_data(streets, tasks(seg=SEGMENTATION))
-    with pytest.raises(ValueError, match=r"task depth is of kind normals; .* of kind depth"):
+    with pytest.raises(
+        ValueError, match=r"task depth is of kind normals, which .* normals; .* has depth"
+    ):
         load_data(streets, tasks(depth=TaskConfig(kind="normals")))

@@ -123,7 +123,10 @@ def test_calibration_images_are_plain_frames_and_fit_small_splits(tiny):
 
 def test_the_weighted_sum_uses_the_tasks_weights(tiny):
     losses = {"segmentation": torch.tensor(2.0), "depth": torch.tensor(30.0)}
-    assert weighted_sum(tiny.tasks, losses).item() == pytest.approx(2.0 + 0.1 * 30.0)
+    weights = {name: task.loss_weight for name, task in tiny.tasks.items()}
+    assert weighted_sum(weights, losses).item() == pytest.approx(2.0 + 0.1 * 30.0)
+    tensors = {"segmentation": torch.tensor(0.5), "depth": torch.tensor(0.25)}
+    assert weighted_sum(tensors, losses).item() == 0.5 * 2.0 + 0.25 * 30.0
 
 
 def test_a_loss_that_is_not_finite_is_named_with_step_task_and_architecture(tiny):
@@ -186,6 +189,14 @@ def test_without_warm_up_the_first_rate_is_the_full_one():
     assert optimizer.defaults["weight_decay"] == config.weight_decay
     config.apply(optimizer, 5, 10)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.25)
+
+
+def test_only_the_group_of_the_weights_follows_the_schedule():
+    config = OptimizerConfig(learning_rate=0.5, warmup_fraction=0.0)
+    optimizer = config.build([torch.nn.Parameter(torch.zeros(2))])
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 0.125})
+    config.apply(optimizer, 5, 10)
+    assert [group["lr"] for group in optimizer.param_groups] == [pytest.approx(0.25), 0.125]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from oneshot_ednas.data.targets import TARGET_KINDS
 from oneshot_ednas.data.transforms import AugmentConfig, augment
 
 FULL = AugmentConfig(flip=True, scale=(0.7, 1.6), brightness=0.3, contrast=0.3, colour=0.3)
@@ -20,8 +21,11 @@ def make_batch(size=8, height=12, width=16, seed=0):
     return {"image": image, "segmentation": labels, "depth": depth, "normals": normals}
 
 
-def run(batch, config, seed=0):
-    return augment(batch, config, torch.Generator().manual_seed(seed))
+KINDS = {"segmentation": "labels", "depth": "depth", "normals": "normals"}
+
+
+def run(batch, config, seed=0, kinds=KINDS):
+    return augment(batch, config, torch.Generator().manual_seed(seed), kinds)
 
 
 def test_no_augmentation_changes_nothing():
@@ -180,7 +184,7 @@ def test_any_config_takes_the_same_number_of_draws():
     states = []
     for config in (AugmentConfig(), FULL):
         generator = torch.Generator().manual_seed(0)
-        augment(make_batch(), config, generator)
+        augment(make_batch(), config, generator, KINDS)
         states.append(generator.get_state())
     assert torch.equal(*states)
 
@@ -190,7 +194,79 @@ def test_bad_configs_and_batches_are_refused():
         AugmentConfig(scale=(1.5, 1.0))
     with pytest.raises(ValueError, match=r"contrast: expected 0\.\.1, got -0.1"):
         AugmentConfig(contrast=-0.1)
-    with pytest.raises(ValueError, match="no rule to augment edges; known are image, seg"):
+    with pytest.raises(
+        ValueError, match=r"no kind is given for the target edges; given are \['depth', "
+    ):
         run({**make_batch(), "edges": torch.zeros(8, 1, 12, 16)}, FULL)
     with pytest.raises(ValueError, match=r"expected a batch with an image, got \['depth'\]"):
         run({"depth": torch.zeros(1, 1, 4, 4)}, FULL)
+
+
+def make_kinds_batch(size=6, height=12, width=16, seed=0):
+    """One target of every kind, named by it, with invalid pixels in places of their own."""
+    g = torch.Generator().manual_seed(seed)
+    batch = {"image": torch.rand(size, 3, height, width, generator=g) * 2 - 1}
+    for name, kind in TARGET_KINDS.items():
+        if kind.is_whole:
+            target = torch.randint(0, 2, (size, height, width), generator=g)
+        else:
+            target = torch.rand(size, kind.channels, height, width, generator=g) + 0.5
+        outside = torch.rand(size, height, width, generator=g) < 0.2
+        if target.ndim == 4:
+            outside = outside[:, None].expand_as(target)
+        target[outside] = kind.invalid
+        batch[name] = target
+    return batch
+
+
+ALL_KINDS = {name: name for name in TARGET_KINDS}
+
+
+def same(a, b):
+    return torch.equal(a.nan_to_num(nan=-7), b.nan_to_num(nan=-7))
+
+
+@pytest.mark.parametrize("name", TARGET_KINDS)
+def test_every_kind_is_itself_after_two_mirrors(name):
+    batch = make_kinds_batch()
+    config = AugmentConfig(flip=True)
+    once = run(batch, config, seed=3, kinds=ALL_KINDS)
+    assert same(run(once, config, seed=3, kinds=ALL_KINDS)[name], batch[name])
+    changed = (once["image"] != batch["image"]).flatten(1).any(dim=1)
+    assert 0 < changed.sum() < len(changed)
+    factors = torch.tensor(TARGET_KINDS[name].mirrored)
+    if batch[name].ndim == 4:
+        factors = factors.view(-1, 1, 1)
+    mirrored = (batch[name].flip(-1) * factors).to(batch[name].dtype)
+    assert same(once[name][changed], mirrored[changed])
+    assert same(once[name][~changed], batch[name][~changed])
+
+
+@pytest.mark.parametrize("name", TARGET_KINDS)
+@pytest.mark.parametrize("scale", [0.5, 1.0, 1.6])
+def test_every_kind_is_aligned_with_the_image_and_scaled_as_its_row_says(name, scale):
+    batch = make_kinds_batch(height=24, width=32)
+    # Where each pixel comes from, carried along as labels.
+    batch["place"] = torch.arange(24 * 32).view(1, 24, 32).repeat(6, 1, 1)
+    kinds = {**ALL_KINDS, "place": "labels"}
+    batch["place"][batch["place"] == 255] = 254
+    batch["inside"] = torch.zeros_like(batch["place"])
+    kinds["inside"] = "labels"
+    result = run(batch, AugmentConfig(scale=(scale, scale)), seed=5, kinds=kinds)
+    outside = result["inside"] == 255
+    assert bool(outside.any()) == (scale < 1)
+    target, found = batch[name], result[name]
+    assert (found.shape, found.dtype) == (target.shape, target.dtype)
+    planes = target.view(6, -1, 24 * 32)
+    places = result["place"].clamp(max=24 * 32 - 1).view(6, 1, -1).expand(-1, planes.shape[1], -1)
+    expected = planes.gather(2, places).view_as(target)
+    factor = {"depth": 1 / scale, "disparity": scale}.get(name, 1)
+    expected = (expected * factor).to(target.dtype)
+    if target.ndim == 4:
+        outside = outside[:, None].expand_as(target)
+    invalid = {"labels": 255, "edges": 255, "values": torch.nan}.get(name, 0)
+    expected[outside] = invalid
+    # One place has the number of another: 254 stands for 255 too.
+    known = result["place"] != 254
+    known = known[:, None].expand_as(target) if target.ndim == 4 else known
+    torch.testing.assert_close(found[known], expected[known], equal_nan=True)

@@ -4,7 +4,17 @@ Exit status: 0 on success, 1 for a failure inside, 2 for bad input (one clear li
 stopped by the user.
 """
 
-from oneshot_ednas.cli import compare, describe, export, latency, multi_trial, runs, study
+from oneshot_ednas.cli import compare, data, describe, export, latency, multi_trial, runs, study
 from oneshot_ednas.cli.common import main
 
-__all__ = ["compare", "describe", "export", "latency", "main", "multi_trial", "runs", "study"]
+__all__ = [
+    "compare",
+    "data",
+    "describe",
+    "export",
+    "latency",
+    "main",
+    "multi_trial",
+    "runs",
+    "study",
+]

@@ -10,7 +10,7 @@ from oneshot_ednas.comparison.bootstrap import FEW_SEEDS, Difference, difference
 from oneshot_ednas.comparison.methods import BASELINES, Found, Method, group
 from oneshot_ednas.comparison.runs import RecordedRun, check_comparable, read_run
 from oneshot_ednas.reward import Deltas, deltas
-from oneshot_ednas.tasks import Task, make_tasks
+from oneshot_ednas.tasks import Task, lower_is_better, make_tasks
 from oneshot_ednas.training import Metrics
 
 
@@ -105,8 +105,12 @@ def _gains(
         task: {name: statistics.fmean(row[task][name] for row in rows) for name in values}
         for task, values in rows[0].items()
     }
+    errors = lower_is_better(tasks)
     return {
-        method.name: [deltas(_reward_metrics(one, tasks), reference) for one in method.found]
+        method.name: [
+            deltas(_reward_metrics(one, tasks), reference, lower_is_better=errors)
+            for one in method.found
+        ]
         for method in methods
     }
 

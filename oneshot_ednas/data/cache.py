@@ -8,15 +8,12 @@ the same split at once, and a build that was cut off leaves nothing that could b
 
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
-import sys
 import tempfile
 import warnings
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -24,15 +21,18 @@ import numpy as np
 import platformdirs
 from jaxtyping import Bool
 
+from oneshot_ednas.data.parallel import Progress, chunks, run_chunks
+
 CACHE_VARIABLE = "ONESHOT_EDNAS_CACHE"
 # Part of every identity: raise it when a change alters what is stored for the same source.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 CHUNK = 16
+# Frames, and pixels of each, that tell the range of a depth.
+SAMPLED_FRAMES = 32
+SAMPLED_PIXELS = 4096
 
 # What reading a folder that was cut short or changed by hand may raise.
 _DAMAGE = (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError)
-
-Progress = Callable[[int, int], None]
 
 
 @runtime_checkable
@@ -62,6 +62,14 @@ class FrameSource(Protocol):
         """One frame: arrays of the same names, shapes and types for each index."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class DepthRange:
+    """Valid depths of some frames of a split, in metres."""
+
+    median: float
+    largest: float
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CachedArrays:
     """Arrays of one source, opened read-only."""
@@ -70,6 +78,8 @@ class CachedArrays:
     """Memory maps by array name, one row per frame."""
     without_depth: Bool[np.ndarray, " frames"]
     """Frames that have a depth map without a single valid pixel."""
+    depth_ranges: dict[str, DepthRange]
+    """By target of kind depth; none where no sampled pixel is valid."""
 
 
 def default_cache_dir() -> Path:
@@ -123,7 +133,8 @@ def _open(folder: Path) -> CachedArrays:
         arrays[name] = array
     without_depth = np.zeros(meta["frames"], dtype=bool)
     without_depth[meta["without_depth"]] = True
-    return CachedArrays(arrays=arrays, without_depth=without_depth)
+    ranges = {name: DepthRange(**found) for name, found in meta["depth_ranges"].items()}
+    return CachedArrays(arrays=arrays, without_depth=without_depth, depth_ranges=ranges)
 
 
 def _build(
@@ -158,6 +169,7 @@ def _build(
             "frames": count,
             "arrays": {name: (str(dtype), list(shape)) for name, (dtype, shape) in kinds.items()},
             "without_depth": sorted(_fill_all(partial, source, workers, progress)),
+            "depth_ranges": _depth_ranges(partial, source),
             "identity": identity,
         }
         (partial / "meta.json").write_text(json.dumps(meta), "utf-8")
@@ -186,36 +198,10 @@ def _fill_all(
     folder: Path, source: FrameSource, workers: int | None, progress: Progress | None
 ) -> list[int]:
     """Write every frame; returns the frames without valid depth."""
-    count = len(source.frames)
-    chunks = [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
-    workers = min(_processors() if workers is None else workers, len(chunks))
-    without_depth: list[int] = []
-    done = 0
-
-    def finish(chunk: range, found: list[int]) -> None:
-        nonlocal done
-        without_depth.extend(found)
-        done += len(chunk)
-        if progress is not None:
-            progress(done, count)
-
-    if workers <= 1:
-        for chunk in chunks:
-            finish(chunk, _fill(folder, source, chunk))
-        return without_depth
-    # Workers run NumPy and Pillow only, never torch, so a fork of a process with a GPU is safe;
-    # it also spares scripts the `if __name__ == "__main__"` that a fresh interpreter would need.
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=DeprecationWarning, message=".*fork.*")
-        futures = {pool.submit(_fill, folder, source, chunk): chunk for chunk in chunks}
-        try:
-            for future in as_completed(futures):
-                finish(futures[future], future.result())
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return without_depth
+    parts = chunks(range(len(source.frames)), CHUNK)
+    fill = partial(_fill, folder, source)
+    found = run_chunks(fill, parts, workers=workers, progress=progress)
+    return [index for part in found for index in part]
 
 
 def _fill(folder: Path, source: FrameSource, chunk: range) -> list[int]:
@@ -242,8 +228,16 @@ def _fill(folder: Path, source: FrameSource, chunk: range) -> list[int]:
     return without_depth
 
 
-def _processors() -> int:
-    """Processors that this process may use; in a container these are not all of the machine's."""
-    if sys.platform == "linux":
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def _depth_ranges(folder: Path, source: FrameSource) -> dict[str, dict[str, float]]:
+    """Range of each target of kind depth, from frames and pixels spread over the split."""
+    ranges = {}
+    for name in (name for name, kind in source.kinds.items() if kind == "depth"):
+        array = np.load(folder / f"{name}.npy", mmap_mode="r")
+        frames = np.unique(np.linspace(0, len(array) - 1, SAMPLED_FRAMES).astype(int))
+        step = max(1, int(np.prod(array.shape[1:])) // SAMPLED_PIXELS)
+        depths = np.concatenate([np.ravel(array[frame])[::step] for frame in frames])
+        depths = depths[depths > 0]
+        if depths.size:
+            found = DepthRange(median=float(np.median(depths)), largest=float(depths.max()))
+            ranges[name] = asdict(found)
+    return ranges

@@ -50,12 +50,18 @@ class DataSet:
 
     def __post_init__(self) -> None:
         """Check names, and that derived targets have what they are derived from."""
-        if not self.name or not all(c.isalnum() or c in "_-." for c in self.name):
-            raise ValueError(f"name: expected letters, digits, _, - and ., got {self.name!r}")
+        _check_name(self.name, "name")
         if not self.splits:
             raise ValueError("expected at least one split")
         if "image" in self.targets:
             raise ValueError("targets.image: image is the input; name the target otherwise")
+        # Both are parts of the names of cached files.
+        for what, names in (("targets", self.targets), ("splits", self.splits)):
+            for name in names:
+                _check_name(name, what)
+        for split, frames in self.splits.items():
+            for frame_id in frames:
+                check_relative(frame_id, f"split {split}: frame")
         for name, source in self.targets.items():
             self._check_derived(name, source)
 
@@ -67,8 +73,11 @@ class DataSet:
             if self.intrinsics is None:
                 raise ValueError(f"{where} depth, which needs the camera's intrinsics")
         labels = source.labels if isinstance(source, (DerivedEdges, DerivedNormals)) else None
-        if labels is not None and not isinstance(self.targets.get(labels), LabelsSource):
-            raise ValueError(f"{where} {labels}, expected a target of kind labels")
+        if labels is None:
+            return
+        source_of_labels = self.targets.get(labels)
+        if not isinstance(source_of_labels, LabelsSource) or source_of_labels.above is not None:
+            raise ValueError(f"{where} {labels}, expected a target of kind labels that stores them")
 
     def target_kind(self, target: str) -> str:
         """The row of a target in `TARGET_KINDS`.
@@ -128,15 +137,19 @@ class DataSet:
         assert isinstance(source, FileSource), f"{name} is derived and has no file"
         return source.path(frame_id)
 
+    def sources(self, targets: Collection[str]) -> dict[str, TargetSource]:
+        """How these targets come about, and those that they are derived from."""
+        names = [n for name in targets for n in (name, *decode.needed_targets(name, self.targets))]
+        return {name: self.targets[name] for name in names}
+
     def files(self, frame_id: str, targets: Collection[str]) -> tuple[str, ...]:
         """All files that the image and these targets of a frame are read from."""
         found = {self.path("image", frame_id): None}
-        for name in targets:
-            for needed in decode.needed_targets(name, self.targets):
-                found[self.path(needed, frame_id)] = None
-                source = self.targets[needed]
-                if isinstance(source, DepthSource) and source.camera is not None:
-                    found[source.camera.path(frame_id)] = None
+        for name, source in self.sources(targets).items():
+            if isinstance(source, FileSource):
+                found[self.path(name, frame_id)] = None
+            if isinstance(source, DepthSource) and source.camera is not None:
+                found[source.camera.path(frame_id)] = None
         return tuple(found)
 
     def read_frame(
@@ -185,6 +198,8 @@ class DataSet:
         """One frame at the size of its files, see `read_frame`."""
         targets = tuple(self.targets) if targets is None else targets
         self.check_targets(targets)
+        if label_map is not None:
+            self.label_map(label_map)
         check_relative(frame_id, "frame")
         stored = decode.Stored(
             root=self.root,
@@ -234,6 +249,11 @@ def with_num_classes(data: DataSet, num_classes: Mapping[str, int]) -> DataSet:
         if isinstance(source, LabelsSource) and source.classes == NAMELESS:
             targets[name] = replace(source, classes=NAMELESS[:count])
     return replace(data, targets=targets)
+
+
+def _check_name(name: str, where: str) -> None:
+    if not name or not all(c.isalnum() or c in "_-." for c in name):
+        raise ValueError(f"{where}: expected letters, digits, _, - and ., got {name!r}")
 
 
 NAMELESS = tuple(f"class {index}" for index in range(255))

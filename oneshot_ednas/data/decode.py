@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float16, Float32, Integer, Shaped, UInt8
+from jaxtyping import Float16, Float32, Float64, Integer, Shaped, UInt8
 
 from oneshot_ednas.data import files
 from oneshot_ednas.data.normals import normals_from_depth
@@ -29,6 +29,9 @@ from oneshot_ednas.data.sources import (
     ValuesSource,
 )
 from oneshot_ednas.data.targets import IGNORE
+
+# What float32 can hold; larger numbers are damage, not measurements.
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,13 +66,15 @@ def image(stored: Stored, source: ImageSource) -> UInt8[np.ndarray, "height widt
     if array.shape[2] not in (1, 3):
         raise stored.error("image", f"expected 1 or 3 channels, got {array.shape[2]}")
     array = np.broadcast_to(array, (*array.shape[:2], 3))
-    top = float(array.max())
-    if float(array.min()) < 0 or not top <= source.white:
+    low, high = float(array.min()), float(array.max())
+    if not 0 <= low <= high <= source.white:
         raise stored.error(
             "image",
-            f"expected values in 0..{source.white:g}, got {top:g}; set image.white to the stored "
-            f"value of white",
+            f"expected values in 0..{source.white:g}, got {low:g}..{high:g}; set image.white to "
+            f"the stored value of white",
         )
+    if array.dtype == np.uint8 and source.white > 255:
+        raise stored.error("image", f"image.white is {source.white:g}, got values of 8 bits")
     if array.dtype != np.uint8 or source.white != 255:
         array = np.rint(array.astype(np.float64) * (255 / source.white)).astype(np.uint8)
     return np.ascontiguousarray(array)
@@ -85,9 +90,7 @@ def target(name: str, stored: Stored) -> Shaped[np.ndarray, "..."]:
     return _DECODERS[type(source)](name, source, stored)
 
 
-def needed_targets(
-    name: str, targets: dict[str, TargetSource]
-) -> tuple[str, ...]:
+def needed_targets(name: str, targets: dict[str, TargetSource]) -> tuple[str, ...]:
     """The targets whose files must be read for this one: itself, or what it is derived from."""
     source = targets[name]
     if isinstance(source, DerivedEdges):
@@ -109,17 +112,17 @@ def label_edges(labels: Integer[np.ndarray, "height width"]) -> UInt8[np.ndarray
     return edges
 
 
-def _labels(
-    name: str, source: LabelsSource, stored: Stored
-) -> UInt8[np.ndarray, "height width"]:
+def _labels(name: str, source: LabelsSource, stored: Stored) -> UInt8[np.ndarray, "height width"]:
     chosen = source.label_map(stored.label_map if name == "segmentation" else None)
     if source.above is not None:
-        values = _one_channel(stored.array(name, source), name, stored)
-        return np.where(
-            values == source.ignore, IGNORE, values.astype(np.float64) > source.above
-        ).astype(np.uint8)
+        values = _numbers(name, source, stored)
+        unknown = ~np.isfinite(values)
+        if source.ignore is not None:
+            unknown |= values == source.ignore
+        return np.where(unknown, np.uint8(IGNORE), (values > source.above).astype(np.uint8))
     labels = _stored_labels(name, source, stored)
-    valid = labels != source.ignore
+    ignore = IGNORE if source.ignore is None else source.ignore
+    valid = labels != ignore
     wrong = valid & ((labels < 0) | (labels >= len(chosen.map)))
     if wrong.any():
         values = np.unique(labels[wrong])
@@ -127,7 +130,7 @@ def _labels(
         raise stored.error(
             name,
             f"labels {shown} in {int(wrong.sum())} pixels lie outside the {len(chosen.map)} stored "
-            f"classes (ignored is {source.ignore}); correct the file, or the classes and the "
+            f"classes (ignored is {ignore}); correct the file, or the classes and the "
             f"ignore value",
         )
     table = np.array(chosen.map, dtype=np.uint8)
@@ -138,10 +141,12 @@ def _stored_labels(
     name: str, source: LabelsSource, stored: Stored
 ) -> Integer[np.ndarray, "height width"]:
     array = _one_channel(stored.array(name, source), name, stored)
-    whole = array.astype(np.int64) if np.isfinite(array).all() else None
-    if whole is None or (array.dtype.kind == "f" and (whole != array).any()):
-        raise stored.error(name, f"expected whole numbers as labels, got {array.dtype}")
-    return whole
+    if array.dtype.kind == "f":
+        # Beyond this, numbers are no exact integers, and no labels either.
+        wrong = array[~(np.abs(array) < 2**24) | (np.rint(array) != array)]
+        if wrong.size:
+            raise stored.error(name, f"expected whole numbers as labels, got {wrong[0]:g}")
+    return array.astype(np.int64)
 
 
 def _parts(name: str, source: PartsSource, stored: Stored) -> UInt8[np.ndarray, "height width"]:
@@ -166,9 +171,11 @@ def _parts(name: str, source: PartsSource, stored: Stored) -> UInt8[np.ndarray, 
 
 
 def _edges(name: str, source: EdgesSource, stored: Stored) -> UInt8[np.ndarray, "height width"]:
-    values = _one_channel(stored.array(name, source), name, stored).astype(np.float64)
-    edges = (values > source.above).astype(np.uint8)
-    return edges if source.ignore is None else np.where(values == source.ignore, IGNORE, edges)
+    values = _numbers(name, source, stored)
+    unknown = ~np.isfinite(values)
+    if source.ignore is not None:
+        unknown |= values == source.ignore
+    return np.where(unknown, np.uint8(IGNORE), (values > source.above).astype(np.uint8))
 
 
 def _derived_edges(
@@ -180,18 +187,17 @@ def _derived_edges(
 
 
 def _depth(name: str, source: DepthSource, stored: Stored) -> Float32[np.ndarray, "height width"]:
-    values = _one_channel(stored.array(name, source), name, stored).astype(np.float64)
+    values = _numbers(name, source, stored)
     valid = np.isfinite(values) & ~np.isin(values, source.invalid)
-    shifted = np.where(valid, values + source.offset, 0)
+    shifted = np.where(valid, values, 0) + source.offset
     valid &= shifted > 0
     if source.encoding == "inverse":
         scale = source.scale * (1.0 if source.camera is None else _camera_factor(source, stored))
         metres = np.divide(scale, shifted, out=np.zeros_like(shifted), where=valid)
     else:
         metres = source.scale * shifted
-    if source.max_metres is not None:
-        valid &= metres <= source.max_metres
-    return np.where(valid, metres, 0).astype(np.float32)
+    farthest = _LARGEST if source.max_metres is None else source.max_metres
+    return np.where(valid & (metres <= farthest), metres, 0).astype(np.float32)
 
 
 def _camera_factor(source: DepthSource, stored: Stored) -> float:
@@ -213,10 +219,10 @@ def _camera_factor(source: DepthSource, stored: Stored) -> float:
 def _disparity(
     name: str, source: DisparitySource, stored: Stored
 ) -> Float32[np.ndarray, "height width"]:
-    values = _one_channel(stored.array(name, source), name, stored).astype(np.float64)
+    values = _numbers(name, source, stored)
     valid = np.isfinite(values) & ~np.isin(values, source.invalid)
-    found = source.scale * np.where(valid, values + source.offset, 0)
-    return np.where(found > 0, found, 0).astype(np.float32)
+    found = source.scale * (np.where(valid, values, 0) + source.offset)
+    return np.where(valid & (found > 0) & (found <= _LARGEST), found, 0).astype(np.float32)
 
 
 def _normals(
@@ -240,6 +246,10 @@ def _normals(
     # Halfway to a unit vector: what is shorter was averaged away or never was a direction.
     valid &= length > 0.5
     scale = np.divide(1.0, length, out=np.zeros_like(length), where=valid)
+    if array.dtype == np.float16 and source.encoding == "unit":
+        # Unit vectors rounded to float16 stay as they are, so that a decoded map that was stored
+        # comes back to the bit.
+        scale = np.where(valid & (np.abs(length - 1) < 1e-3), 1.0, scale)
     return (vectors * scale[..., None]).astype(np.float16)
 
 
@@ -266,12 +276,16 @@ def _derived_normals(
     return normals.astype(np.float16)
 
 
-def _values(
-    name: str, source: ValuesSource, stored: Stored
-) -> Float32[np.ndarray, "height width"]:
-    values = _one_channel(stored.array(name, source), name, stored).astype(np.float64)
+def _values(name: str, source: ValuesSource, stored: Stored) -> Float32[np.ndarray, "height width"]:
+    values = _numbers(name, source, stored)
     valid = np.isfinite(values) & ~np.isin(values, source.invalid)
-    return np.where(valid, source.scale * np.where(valid, values, 0), np.nan).astype(np.float32)
+    found = source.scale * np.where(valid, values, 0)
+    return np.where(valid & (np.abs(found) <= _LARGEST), found, np.nan).astype(np.float32)
+
+
+def _numbers(name: str, source: Any, stored: Stored) -> Float64[np.ndarray, "height width"]:
+    """A map of one channel, of numbers that may be anything, NaN too."""
+    return _one_channel(stored.array(name, source), name, stored).astype(np.float64)
 
 
 def _one_channel(array: np.ndarray, name: str, stored: Stored) -> np.ndarray:

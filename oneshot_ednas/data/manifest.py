@@ -5,7 +5,7 @@ be written to; `configs/datasets/` ships one per known data set.
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from oneshot_ednas.data.dataset import DataSet
 from oneshot_ednas.data.sources import (
@@ -69,7 +69,7 @@ def open_manifest(root: Path, manifest: Path | None = None) -> DataSet:
         if not isinstance(source, FileSource) or "{parent}" in source.folder:
             continue
         if not (root / source.folder).is_dir():
-            raise ValueError(f"no folder {root / source.folder} for {name}, named in {path}")
+            raise ValueError(f"no folder {source.folder} for {name} in {root}, named in {path}")
     return DataSet(
         name=loaded.name,
         layout=f"manifest {path.name}",
@@ -101,10 +101,12 @@ def read_frame_list(root: Path, relative: str, *, named_in: Path | None = None) 
         source = f", named in {named_in}" if named_in is not None else ""
         raise ValueError(f"no file {relative} for a split in {root}{source}")
     try:
-        lines = path.read_text("utf-8").splitlines()
+        # Some editors begin a file with a byte order mark; other breaks than \n may be in names.
+        lines = path.read_text("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{relative}: not UTF-8 text ({error.reason}); save it as UTF-8") from None
-    frames = tuple(line.strip() for line in lines if line.strip())
+    # One spelling of each path: ./a is a, or one frame could be in two splits.
+    frames = tuple(str(PurePosixPath(line.strip())) for line in lines if line.strip())
     if not frames:
         raise ValueError(f"{relative}: expected one frame id a line, got an empty file")
     seen: set[str] = set()

@@ -12,9 +12,15 @@ from jaxtyping import Bool, Int64, Integer
 from torch import Tensor
 
 from oneshot_ednas.data import streets
-from oneshot_ednas.data.cache import FrameSource, Progress, default_cache_dir, load_cached
+from oneshot_ednas.data.cache import (
+    DepthRange,
+    FrameSource,
+    default_cache_dir,
+    load_cached,
+)
 from oneshot_ednas.data.dataset import DataSet
 from oneshot_ednas.data.order import batch_indices, split_indices
+from oneshot_ednas.data.parallel import Progress
 from oneshot_ednas.data.street_scene import CLASSES
 from oneshot_ednas.data.targets import TARGET_KINDS
 from oneshot_ednas.schema import to_plain
@@ -193,10 +199,10 @@ class _Files:
         return {name: classes for name, classes in named.items() if classes}
 
     def identity(self) -> dict[str, object]:
-        files = hashlib.sha256()
+        files = hashlib.sha256("\n".join(self.frames).encode())
         for path, size, changed in self.data.identity(self.split, self.targets):
-            files.update(f"{path}\t{size}\t{changed}\n".encode())
-        sources = {"image": self.data.image, **self.data.targets}
+            files.update(f"\n{path}\t{size}\t{changed}".encode())
+        sources = {"image": self.data.image, **self.data.sources(self.targets)}
         return {
             "root": str(self.data.root),
             "sources": {name: to_plain(source) for name, source in sources.items()},
@@ -279,6 +285,7 @@ def folder_split(
             cannot be used.
     """
     _check_size(height, width)
+    data.frames(split)
     data.check_targets(data.targets if targets is None else targets)
     if label_map is not None:
         data.label_map(label_map)
@@ -303,7 +310,7 @@ def load_packed(
 ) -> PackedSplit:
     """All frames of a source as a split, from the cache or built; see `load_cached`.
 
-    Warns when frames have no valid depth.
+    Warns when frames have no valid depth, and when a depth is hardly in metres.
     """
     cached = load_cached(source, cache_dir=cache_dir, workers=workers, progress=progress)
     packed = PackedSplit(
@@ -321,7 +328,20 @@ def load_packed(
             f"valid depth; they are kept, and count for the other tasks",
             stacklevel=2,
         )
+    for name, found in cached.depth_ranges.items():
+        if not _is_in_metres(found):
+            warnings.warn(
+                f"{name} of {packed.name} has a median of {found.median:.4g} m and reaches "
+                f"{found.largest:.4g} m; expected metres: check its scale, and its invalid values "
+                f"or largest distance",
+                stacklevel=2,
+            )
     return packed
+
+
+def _is_in_metres(depth: DepthRange) -> bool:
+    """Whether depths may be of a scene that a camera took; millimetres as metres may not."""
+    return 0.05 <= depth.median <= 100 and depth.largest <= 1000
 
 
 def _check_size(height: int, width: int) -> None:

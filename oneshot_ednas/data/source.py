@@ -1,7 +1,7 @@
 """Which data set a run uses: the embedded streets, or a folder with a manifest."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +13,7 @@ from oneshot_ednas.data.layouts import open_data
 from oneshot_ednas.data.packed import PackedSplit, folder_split, streets_split
 from oneshot_ednas.data.transforms import AugmentConfig
 from oneshot_ednas.schema import find_file
-from oneshot_ednas.tasks import TASK_KINDS, Task
+from oneshot_ednas.tasks import Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,8 +97,8 @@ def load_data(config: DataConfig, tasks: Mapping[str, Task]) -> tuple[PackedSpli
         folder = _folder(config)
         manifest = None if config.manifest is None else find_file(config.manifest, beside=folder)
         data = open_data(folder, manifest=manifest, layout=config.layout)
-        counts = {name: task.config.num_classes for name, task in tasks.items()}
-        data = with_num_classes(data, {name: count for name, count in counts.items() if count})
+        classes = {name: task.config.num_classes for name, task in tasks.items()}
+        data = with_num_classes(data, {name: count for name, count in classes.items() if count})
 
         def load(split: str, progress: Callable[[int, int], None]) -> PackedSplit:
             return folder_split(
@@ -107,7 +107,7 @@ def load_data(config: DataConfig, tasks: Mapping[str, Task]) -> tuple[PackedSpli
                 height=config.height,
                 width=config.width,
                 label_map=config.label_map,
-                targets=tuple(tasks),
+                targets={task.target for task in tasks.values()},
                 workers=config.workers,
                 progress=progress,
             )
@@ -121,7 +121,7 @@ def load_data(config: DataConfig, tasks: Mapping[str, Task]) -> tuple[PackedSpli
         )
     for split in (train, test):
         _check_tasks(split, tasks)
-    return train, test
+    return _by_task(train, tasks), _by_task(test, tasks)
 
 
 def _folder(config: DataConfig) -> Path:
@@ -135,22 +135,37 @@ def _folder(config: DataConfig) -> Path:
 
 def _check_tasks(split: PackedSplit, tasks: Mapping[str, Task]) -> None:
     for name, task in tasks.items():
-        if name not in split.kinds:
+        if task.target not in split.kinds:
             raise ValueError(
-                f"task {name} has no targets in {split.name}; it has {', '.join(split.kinds)}"
+                f"task {name} has no target {task.target} in {split.name}; it has "
+                f"{', '.join(split.kinds)}"
             )
-        expected = TASK_KINDS[task.kind].target_kind
-        if split.kinds[name] != expected:
+        expected, found = task.row.target_kind, split.kinds[task.target]
+        if found != expected:
             raise ValueError(
                 f"task {name} is of kind {task.kind}, which learns from {expected}; "
-                f"{split.name} has {split.kinds[name]} there"
+                f"{task.target} of {split.name} has {found}"
             )
-        count = len(split.class_names.get(name, ()))
-        if task.config.num_classes not in (None, count):
+        names = split.class_names.get(task.target)
+        count = task.config.num_classes
+        if names is not None and count not in (None, len(names)):
             raise ValueError(
-                f"task {name}: num_classes is {task.config.num_classes}, "
-                f"{split.name} has {count} classes"
+                f"task {name}: num_classes is {count}, {split.name} has {len(names)} classes"
             )
+
+
+def _by_task(split: PackedSplit, tasks: Mapping[str, Task]) -> PackedSplit:
+    """The split with its targets under the names of the tasks that learn from them."""
+    if all(task.target == name for name, task in tasks.items()):
+        return split
+    classes = {name: split.class_names.get(task.target, ()) for name, task in tasks.items()}
+    return replace(
+        split,
+        arrays={"image": split.arrays["image"]}
+        | {name: split.arrays[task.target] for name, task in tasks.items()},
+        kinds={name: split.kinds[task.target] for name, task in tasks.items()},
+        class_names={name: names for name, names in classes.items() if names},
+    )
 
 
 def _with_progress(

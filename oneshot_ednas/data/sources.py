@@ -32,7 +32,7 @@ class FileSource:
     """Sub-folder of the root; `.` is the root. `{parent}` in it stands for the parent of the frame
     id: with folder `{parent}/label`, the frame `train/7` lies in `train/label/7`."""
     suffix: str
-    """End of the file's name, as `.png`, `.jpg` or `.npy`; may begin earlier, as in `_depth.png`."""
+    """End of the file's name: `.png`, `.jpg`, `.npy`, or more of it, as in `_depth.png`."""
     stack: str | None = None
     """Array of the one HDF5 file `<folder>/<suffix>` that holds all frames (MATLAB 7.3); the frame
     id is the index."""
@@ -93,9 +93,11 @@ class LabelsSource(FileSource):
 
     kind: Literal["labels"]
     classes: tuple[str, ...]
-    """Names of the stored classes, by stored label."""
-    ignore: int = IGNORE
-    """Stored value of pixels without a label."""
+    """Names of the classes, by class index."""
+    map: tuple[int, ...] | None = None
+    """Class index of each stored label; 255 drops a label. None: a label is its class index."""
+    ignore: int | None = None
+    """Stored value of pixels without a label; null is 255, or none where `above` is set."""
     above: float | None = None
     """For maps of a quantity: a pixel is of class 1 above this value, else of class 0."""
     label_maps: dict[str, LabelMap] = field(default_factory=dict)
@@ -103,18 +105,21 @@ class LabelsSource(FileSource):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_classes(self.classes)
+        self.label_map(None)  # refuses wrong classes and a wrong map
         if self.above is not None and len(self.classes) != 2:
             raise ValueError(f"above makes two classes, got {len(self.classes)}")
+        if self.above is not None and self.label_maps:
+            raise ValueError("above makes the classes, so there can be no label_maps")
 
     def label_map(self, name: str | None) -> LabelMap:
-        """A named label map; None is the stored classes.
+        """A named label map; None is `classes` by `map`.
 
         Raises:
             ValueError: if there is no such map.
         """
         if name is None:
-            return LabelMap(classes=self.classes, map=tuple(range(len(self.classes))))
+            same = tuple(range(len(self.classes)))
+            return LabelMap(classes=self.classes, map=same if self.map is None else self.map)
         if name not in self.label_maps:
             maps = self.label_maps
             hint = nearest(name, maps) if maps else "it has none: leave the label map out"
@@ -188,7 +193,7 @@ class DepthSource(FileSource):
     encoding: Literal["metric", "inverse"] = "metric"
     """Metres are `scale * (stored + offset)`, or `scale / (stored + offset)`."""
     camera: "CameraFiles | None" = None
-    """For `encoding: inverse`: a file per frame whose baseline and focal length multiply `scale`."""
+    """For `encoding: inverse`: files whose baseline and focal length multiply `scale`."""
     invalid: tuple[float, ...] = (0.0,)
     """Stored values of pixels without a depth. Values that are not finite or not positive in
     metres are invalid in any case."""
@@ -201,6 +206,8 @@ class DepthSource(FileSource):
             raise ValueError(f"expected a positive depth scale, got {self.scale}")
         if self.camera is not None and self.encoding != "inverse":
             raise ValueError("camera files turn disparity into metres: set encoding: inverse")
+        if self.max_metres is not None and self.max_metres <= 0:
+            raise ValueError(f"max_metres: expected a positive distance, got {self.max_metres}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -325,10 +332,13 @@ class Intrinsics:
 
 
 def check_relative(path: str, where: str) -> None:
-    """Raise ValueError for a path that would leave the data folder."""
+    """Raise ValueError for a path that would leave the data folder, or is no UTF-8 text."""
     pure = PurePosixPath(path)
-    if not path or "\\" in path or pure.is_absolute() or ".." in pure.parts:
+    if not path or "\\" in path or "\0" in path or pure.is_absolute() or ".." in pure.parts:
         raise ValueError(f"{where}: expected a path inside the data folder, got {path!r}")
+    # How Python spells the bytes of file names that are no UTF-8.
+    if any("\ud800" <= character <= "\udfff" for character in path):
+        raise ValueError(f"{where}: expected a name in UTF-8, got {path!r}; rename the file")
 
 
 def _check_classes(classes: tuple[str, ...]) -> None:

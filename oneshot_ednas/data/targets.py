@@ -22,7 +22,7 @@ class TargetKind:
     """Type of a decoded map, which is also that of the packed arrays."""
     channels: int = 1
     """Maps are [height, width], or [height, width, channels] if there are several."""
-    invalid: float = 0.0
+    invalid: int | float = 0.0
     """Value of pixels that take no part in losses and metrics, in every channel."""
     resize: Literal["nearest", "any"] = "nearest"
     """`nearest`: the stored pixel at the centre. `any`: for maps of 0 and 1, whether any pixel that
@@ -83,12 +83,13 @@ def resized(
     nearest = target[np.ix_(rows, columns)]
     if TARGET_KINDS[kind].resize == "nearest":
         return nearest
-    found = _covers(target == 1, height, width)
-    return np.where(found, np.asarray(1, target.dtype), nearest)
+    # The nearest pixel may lie in the next one's area; it counts as 1 there, and not twice.
+    rest = np.where(nearest == 1, np.zeros_like(nearest), nearest)
+    return np.where(_covers(target == 1, height, width), np.ones_like(nearest), rest)
 
 
 def _covers(mask: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Whether any true pixel lies in the area of each new one."""
+    """Whether any true pixel lies in the area of each new one; a stored pixel lies in one only."""
     for axis, size in enumerate((height, width)):
         old = mask.shape[axis]
         starts = np.arange(size) * old // size

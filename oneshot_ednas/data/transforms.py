@@ -162,9 +162,7 @@ def _nearest(position: Tensor, pixels: int) -> tuple[Tensor, Tensor]:
     return index.clamp(0, pixels - 1), (index >= 0) & (index < pixels)
 
 
-def _flip(
-    batch: dict[str, Tensor], chosen: Tensor, kinds: Mapping[str, str]
-) -> dict[str, Tensor]:
+def _flip(batch: dict[str, Tensor], chosen: Tensor, kinds: Mapping[str, str]) -> dict[str, Tensor]:
     """Mirror the chosen samples from left to right."""
     result = {}
     for name, tensor in batch.items():

@@ -35,7 +35,7 @@ from oneshot_ednas.report.plots import (
 from oneshot_ednas.schema import load_yaml, read_json
 from oneshot_ednas.space import CHOICE_FIELDS, SearchSpace
 from oneshot_ednas.store import write_bytes, write_text
-from oneshot_ednas.tasks import TASK_KINDS, Task
+from oneshot_ednas.tasks import Task
 
 COLUMNS = {"op": "Operation", "kernel_size": "Kernel", "expand_ratio": "Expansion"} | {
     "filters": "Filters"
@@ -289,7 +289,7 @@ def _predictions(
 ) -> Html:
     parts = []
     for name, task in tasks.items():
-        if not TASK_KINDS[task.kind].has_classes:
+        if not task.row.has_classes:
             continue
         colours = task.picture(np.arange(task.out_channels).reshape(1, -1))[0]
         entries, names = [tag("b", name)], class_names.get(name, ())
@@ -301,7 +301,8 @@ def _predictions(
         parts.append(tag("div", *entries, class_="legend"))
     caption = (
         "By the derived network, first seed. Black: invalid. Target and prediction share their "
-        "colours; depth is bright near and dark far, over the range of the target."
+        "colours; depth is bright near and dark far, over the range of the target; heat "
+        "maps are bright where they are large, edges and saliency white."
     )
     return join([figure(mosaic, caption), *parts])
 

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.rcsetup import cycler
 
-from oneshot_ednas.tasks import TASK_KINDS, Task
+from oneshot_ednas.tasks import Task
 
 BLUE, ORANGE, GREY, PALE = "#2166ac", "#d9822b", "#8a949e", "#eef1f4"
 CYCLE = (BLUE, ORANGE, "#1b7f4d", "#8a5aa8", "#b3361b", "#4a9fb0", "#a08a2c", "#d06fa5")
@@ -262,11 +262,7 @@ def _check_pictures(pictures: RunPictures, tasks: Mapping[str, Task]) -> None:
 
 def _pair(task: Task, target: np.ndarray, prediction: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Target and prediction as RGB, in the same colours."""
-    if TASK_KINDS[task.kind].is_metric_depth:
-        measured = target[np.isfinite(target) & (target > 0)]
-        # One stray pixel near 0 m would take most of the logarithmic colours for itself.
-        if measured.size:
-            prediction = prediction.clip(measured.min(), measured.max())
+    prediction = task.in_range_of(target, prediction)
     joined = task.picture(np.concatenate([target, prediction], axis=-1))
     middle = joined.shape[1] // 2
     return joined[:, :middle], joined[:, middle:]

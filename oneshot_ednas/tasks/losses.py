@@ -4,6 +4,9 @@ Invalid pixels are masked before any arithmetic, so that NaN, infinite or zero v
 reach neither the loss nor a gradient. A batch without a valid pixel has loss 0 and zero gradients.
 """
 
+import math
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
@@ -12,6 +15,9 @@ from torch import Tensor
 INVALID_LABEL = 255
 """Class index of pixels that take no part in loss or metric."""
 
+_LOG_DEPTH_STEPS_PER_M = 512
+_LOG_DEPTH_MAX = math.log(2**16)
+# Taskonomy stores depth in 16 bits, in steps of 1/512 m.
 _MIN_LENGTH = 1e-3
 # Shorter predicted normals are scaled as if they had this length: bounds the gradient near 0.
 
@@ -21,6 +27,7 @@ def cross_entropy(
     target: Int64[Tensor, "batch height width"],
     *,
     ignore: int = INVALID_LABEL,
+    class_weights: Sequence[float] | None = None,
 ) -> Float[Tensor, ""]:
     """Mean cross entropy over the pixels that have a label, in nats.
 
@@ -28,6 +35,8 @@ def cross_entropy(
         logits: unnormalised class scores.
         target: class indices in 0..classes-1, or `ignore`.
         ignore: the label of pixels to leave out.
+        class_weights: weight of a pixel by its class, 0 or more; the mean is over weights, so that
+            their unit does not matter. None weighs all pixels alike.
 
     Returns:
         Scalar mean loss; 0 when no pixel has a label.
@@ -43,8 +52,139 @@ def cross_entropy(
     valid = target != ignore
     # The softmax of a NaN logit has a NaN gradient even where the label is ignored.
     known = torch.where(valid.unsqueeze(1), logits, 0)
-    total = F.cross_entropy(known, target, ignore_index=ignore, reduction="sum")
-    return total / valid.sum().clamp_min(1)
+    if class_weights is None:
+        total = F.cross_entropy(known, target, ignore_index=ignore, reduction="sum")
+        return total / valid.sum().clamp_min(1)
+    weights = known.new_tensor(class_weights)
+    total = F.cross_entropy(known, target, weights, ignore_index=ignore, reduction="sum")
+    weight = torch.where(valid, weights[torch.where(valid, target, 0)], 0).sum()
+    return total / torch.where(weight > 0, weight, 1)
+
+
+def balanced_cross_entropy(
+    logits: Float[Tensor, "batch 1 height width"],
+    target: Int64[Tensor, "batch height width"],
+    *,
+    positive_weight: float | None = None,
+    ignore: int = INVALID_LABEL,
+) -> Float[Tensor, ""]:
+    """Mean binary cross entropy with a weight for each class, over the pixels with a label.
+
+    A positive pixel costs -w log p, a negative one -(1 - w) log(1 - p), in nats.
+
+    Args:
+        logits: of the probability that a pixel is positive.
+        target: 1 for positive, 0 for negative, or `ignore`.
+        positive_weight: w, between 0 and 1; None takes the share of negative pixels in the batch,
+            so that both classes weigh the same. 0.5 is half the plain cross entropy.
+        ignore: the label of pixels to leave out.
+
+    Returns:
+        Scalar mean loss; 0 when no pixel has a label.
+
+    Raises:
+        ValueError: if the shapes do not belong together.
+
+    Source:
+        Xie and Tu, Holistically-Nested Edge Detection, ICCV 2015, eq. 2
+    """
+    if logits.ndim != 4 or (logits.shape[0], 1, *target.shape[1:]) != tuple(logits.shape):
+        raise ValueError(
+            f"expected logits [batch, 1, height, width] and target [batch, height, width], "
+            f"got {tuple(logits.shape)} and {tuple(target.shape)}"
+        )
+    valid = target != ignore
+    score = torch.where(valid, logits.squeeze(1), 0)
+    is_positive = valid & (target == 1)
+    num_valid = valid.sum().clamp_min(1)
+    if positive_weight is None:
+        weight = 1 - is_positive.sum().to(score.dtype) / num_valid
+    else:
+        weight = score.new_tensor(positive_weight)
+    loss = torch.where(
+        is_positive, -weight * F.logsigmoid(score), (weight - 1) * F.logsigmoid(-score)
+    )
+    return torch.where(valid, loss, 0).sum() / num_valid
+
+
+def l1(
+    pred: Float[Tensor, "batch 1 height width"],
+    target: Float[Tensor, "batch 1 height width"],
+    valid: Bool[Tensor, "batch 1 height width"],
+) -> Float[Tensor, ""]:
+    """Mean absolute error over valid pixels, in the unit of the target.
+
+    Args:
+        pred: predicted values.
+        target: ground truth; any value, even NaN, where not `valid`.
+        valid: True where the value is known.
+
+    Returns:
+        Scalar mean error; 0 when no pixel is valid.
+
+    Raises:
+        ValueError: if the three shapes differ.
+    """
+    return _mean(_absolute_error(pred, target, valid), valid)
+
+
+def log_depth(depth_m: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """log(1 + 512 d) / log(2^16) of depths in metres: 0 at 0 m, 1 at 128 m.
+
+    Source:
+        Zamir et al., Taskonomy: Disentangling Task Transfer Learning, CVPR 2018 (its 16-bit depths)
+    """
+    return torch.log1p(depth_m * _LOG_DEPTH_STEPS_PER_M) / _LOG_DEPTH_MAX
+
+
+def depth_of_log(log_depth: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Metres of `log_depth`, which is limited to 0..1 (0 to 128 m) first."""
+    return torch.expm1(log_depth.clamp(0, 1) * _LOG_DEPTH_MAX) / _LOG_DEPTH_STEPS_PER_M
+
+
+def log_depth_l1(
+    pred: Float[Tensor, "batch 1 height width"],
+    target: Float[Tensor, "batch 1 height width"],
+    valid: Bool[Tensor, "batch 1 height width"],
+) -> Float[Tensor, ""]:
+    """Mean absolute error of `log_depth` over valid pixels.
+
+    Args:
+        pred: predicted `log_depth`.
+        target: ground-truth depth, in metres; positive where `valid`, any value elsewhere.
+        valid: True where the depth is known.
+
+    Returns:
+        Scalar mean error; 0 when no pixel is valid.
+
+    Raises:
+        ValueError: if the three shapes differ.
+    """
+    return l1(pred, log_depth(torch.where(valid, target, 0)), valid)
+
+
+def soft_binary_cross_entropy(
+    student: Float[Tensor, "batch 1 height width"],
+    teacher: Float[Tensor, "batch 1 height width"],
+) -> Float[Tensor, ""]:
+    """Mean cross entropy of the student's probability of a positive under the teacher's, in nats.
+
+    Args:
+        student: logits that are trained.
+        teacher: logits to imitate; pass them detached if they should get no gradient.
+
+    Returns:
+        Scalar mean over pixels; at its least (the teacher's entropy) where both agree.
+
+    Raises:
+        ValueError: if the shapes differ.
+    """
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"expected student and teacher logits of one shape, "
+            f"got {tuple(student.shape)} and {tuple(teacher.shape)}"
+        )
+    return F.binary_cross_entropy_with_logits(student, teacher.sigmoid())
 
 
 def depth_l1(
@@ -65,7 +205,7 @@ def depth_l1(
     Raises:
         ValueError: if the three shapes differ.
     """
-    return _mean(_absolute_error(pred, target, valid), valid)
+    return l1(pred, target, valid)
 
 
 def depth_relative(

@@ -32,18 +32,50 @@ def segmentation_picture(labels: np.ndarray, num_classes: int) -> np.ndarray:
 
 
 def depth_picture(depth_m: np.ndarray) -> np.ndarray:
-    """Near is bright, far is dark, on a log scale from the nearest to the farthest pixel.
+    """Near is bright, far is dark, on a log scale from the nearest to the farthest pixel."""
+    known = positive(depth_m)
+    valid = np.isfinite(known)
+    return _ramp(-np.log(np.where(valid, known, 1)), valid)
+
+
+def disparity_picture(disparity: np.ndarray) -> np.ndarray:
+    """As `depth_picture`: near, which is a large disparity, is bright."""
+    known = positive(disparity)
+    valid = np.isfinite(known)
+    return _ramp(np.log(np.where(valid, known, 1)), valid)
+
+
+def heatmap_picture(values: np.ndarray) -> np.ndarray:
+    """Large is bright, small is dark, from the smallest to the largest value of the map."""
+    valid = np.isfinite(values)
+    return _ramp(np.where(valid, values, 0).astype(np.float64), valid)
+
+
+def binary_picture(values: np.ndarray) -> np.ndarray:
+    """Labels 0 and 1, or probabilities, from dark grey to white; invalid pixels black."""
+    valid = np.isfinite(values) & (values != losses.INVALID_LABEL)
+    light = np.rint(48 + 207 * np.where(valid, values, 0).clip(0, 1).astype(np.float64))
+    return np.repeat(np.where(valid, light, 0).astype(np.uint8)[..., None], 3, axis=-1)
+
+
+def positive(values: np.ndarray) -> np.ndarray:
+    """The map with NaN where depth or disparity is unknown: not finite, or not above 0."""
+    known = np.isfinite(values) & (values > 0)
+    return np.where(known, values, np.nan).astype(np.float64)
+
+
+def _ramp(values: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """Colours whose lightness grows with the value, over the range of the valid ones.
 
     Source:
         Green, A colour scheme for the display of astronomical intensity images, 2011 (cubehelix)
     """
-    valid = np.isfinite(depth_m) & (depth_m > 0)
     if not valid.any():
-        return np.zeros((*depth_m.shape, 3), dtype=np.uint8)
-    log_depth = np.log(np.where(valid, depth_m, depth_m[valid].max()).astype(np.float64))
-    low, high = log_depth.min(), log_depth.max()
-    # From 0.95 down to 0.2, so that the farthest pixel is not as black as an invalid one.
-    light = 0.95 - 0.75 * (log_depth - low) / max(high - low, 1e-12)
+        return np.zeros((*values.shape, 3), dtype=np.uint8)
+    low, high = values[valid].min(), values[valid].max()
+    share = (values - low) / (high - low) if high > low else np.ones_like(values)
+    # From 0.2, so that the smallest value is not as black as an invalid pixel.
+    light = 0.2 + 0.75 * share.clip(0, 1)
     angle = 2 * np.pi * (0.5 / 3 + 1 - 1.5 * light)
     swing = light * (1 - light) / 2
     hue = np.stack([np.cos(angle), np.sin(angle)], axis=-1)

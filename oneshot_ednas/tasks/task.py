@@ -1,12 +1,10 @@
 """Tasks: what a network output means, how it is trained, scored and shown.
 
-`TASK_KINDS` is the only place that lists the kinds of task; a new kind is one more row. A network
-gives each task a raw map at a coarse stride; a `Task` resizes it (bilinearly) to its target,
-decodes it, leaves out invalid pixels, and hands it to the loss or the metrics.
+A network gives each task a raw map at a coarse stride; a `Task` resizes it (bilinearly) to its
+target, decodes it, leaves out invalid pixels, and hands it to the loss or the metrics of its kind.
 """
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,123 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from oneshot_ednas.schema import nearest
-from oneshot_ednas.tasks import losses, metrics, pictures
-
-
-@dataclass(frozen=True, kw_only=True)
-class TaskConfig:
-    """Settings of one task."""
-
-    kind: str
-    """One of `TASK_KINDS`: segmentation, depth or normals."""
-
-    num_classes: int | None = None
-    """Number of classes, 2..255; for segmentation, and only there."""
-
-    loss_weight: float = 1.0
-    """Factor of this task's loss in the sum over tasks."""
-
-    relative_weight: float = 0.0
-    """Depth: lambda of JAReD, in metres; 0 is plain L1. EDNAS lists the factors of both terms:
-    L1 0.95 and relative 0.05 are `loss_weight` 0.95 and `relative_weight` 0.05 / 0.95."""
-
-    scale: float = 1.0
-    """Depth: metres per unit of network output."""
-
-    reward_weights: dict[str, float] | None = None
-    """Weight of each metric in the reward (w_ij of eq. 7); null gives the kind's reward metrics
-    weight 1. Metrics that are not named do not enter."""
-
-    def __post_init__(self) -> None:
-        """Check every value against the kind."""
-        if self.kind not in TASK_KINDS:
-            raise ValueError(f"unknown task kind {self.kind}; {nearest(self.kind, TASK_KINDS)}")
-        self._check_num_classes()
-        _check_number("loss_weight", self.loss_weight, self.loss_weight >= 0, "0 or more")
-        _check_number(
-            "relative_weight", self.relative_weight, self.relative_weight >= 0, "0 or more"
-        )
-        _check_number("scale", self.scale, self.scale > 0, "above 0")
-        if not TASK_KINDS[self.kind].is_metric_depth and (self.relative_weight, self.scale) != (
-            0,
-            1,
-        ):
-            raise ValueError(
-                f"relative_weight and scale belong to depth, got {self.relative_weight} and "
-                f"{self.scale} for kind {self.kind}; remove them"
-            )
-        self._check_reward_weights()
-
-    def _check_num_classes(self) -> None:
-        if not TASK_KINDS[self.kind].has_classes:
-            if self.num_classes is not None:
-                raise ValueError(
-                    f"num_classes belongs to segmentation, got {self.num_classes} for kind "
-                    f"{self.kind}; remove it"
-                )
-        elif self.num_classes is None or not 2 <= self.num_classes <= losses.INVALID_LABEL:
-            raise ValueError(
-                f"num_classes of a {self.kind} task must be in 2..{losses.INVALID_LABEL}, "
-                f"got {self.num_classes}"
-            )
-
-    def _check_reward_weights(self) -> None:
-        if self.reward_weights is None:
-            return
-        known = TASK_KINDS[self.kind].metric_names
-        for name, weight in self.reward_weights.items():
-            if name not in known:
-                raise ValueError(
-                    f"reward_weights: no {self.kind} metric {name}; {nearest(name, known)}"
-                )
-            _check_number(f"reward_weights.{name}", weight, weight >= 0, "0 or more")
-        if not any(self.reward_weights.values()):
-            raise ValueError("reward_weights must give at least one metric a weight above 0")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TaskKind:
-    """One row of `TASK_KINDS`: everything that differs between kinds of task."""
-
-    target_kind: str
-    """The row of the targets it learns from, in `data.targets.TARGET_KINDS`."""
-
-    metric_names: tuple[str, ...]
-    """All metric names, as `new_metrics` computes them."""
-
-    reward_metrics: tuple[str, ...]
-    """The metrics that enter the reward by default."""
-
-    lower_is_better: frozenset[str]
-    """The metrics that are errors."""
-
-    out_channels: Callable[[TaskConfig], int]
-    """Channels of the network output."""
-
-    decode: Callable[[Tensor, TaskConfig], Tensor]
-    """Resized network output to what loss and distillation compare; differentiable."""
-
-    predict: Callable[[Tensor], Tensor]
-    """Decoded output to the prediction that is scored and shown."""
-
-    loss: Callable[[Tensor, Tensor, TaskConfig], Tensor]
-    """(decoded output, target, config) to a scalar."""
-
-    distillation_loss: Callable[[Tensor, Tensor], Tensor]
-    """(decoded output of the student, of the teacher) to a scalar."""
-
-    new_metrics: Callable[[TaskConfig], metrics.PooledMetrics]
-    """Empty sums for one split."""
-
-    picture: Callable[[np.ndarray, TaskConfig], np.ndarray]
-    """Map in the layout of the data set to RGB."""
-
-    has_classes: bool = False
-    """Whether the targets are class indices, without a channel axis."""
-
-    is_metric_depth: bool = False
-    """Whether `scale` and `relative_weight` apply."""
+from oneshot_ednas.tasks.kinds import TaskConfig, TaskKind, task_kind
 
 
 class TaskMetrics:
@@ -140,7 +22,7 @@ class TaskMetrics:
     def __init__(self, task: "Task") -> None:
         """Start with nothing added."""
         self._task = task
-        self._pooled = TASK_KINDS[task.kind].new_metrics(task.config)
+        self._pooled = task.row.metrics[task.config.convention].new(task.config)
 
     @property
     def num_invalid_frames(self) -> int:
@@ -178,13 +60,23 @@ class Task:
 
     @property
     def kind(self) -> str:
-        """Its row in `TASK_KINDS`."""
+        """Name of its kind."""
         return self.config.kind
+
+    @property
+    def row(self) -> TaskKind:
+        """Everything that its kind decides."""
+        return task_kind(self.config.kind)
+
+    @property
+    def target(self) -> str:
+        """The target of a data set that it learns from; in batches it has the task's name."""
+        return self.config.target or self.name
 
     @property
     def out_channels(self) -> int:
         """Channels that the network must give this task."""
-        return TASK_KINDS[self.kind].out_channels(self.config)
+        return self.row.out_channels(self.config)
 
     @property
     def loss_weight(self) -> float:
@@ -196,12 +88,15 @@ class Task:
         """Weight of each metric that enters the reward."""
         if self.config.reward_weights is not None:
             return dict(self.config.reward_weights)
-        return dict.fromkeys(TASK_KINDS[self.kind].reward_metrics, 1.0)
+        names = self.config.metric_names
+        # A convention may have none of the kind's usual metrics.
+        entering = [name for name in self.row.reward_metrics if name in names] or names
+        return dict.fromkeys(entering, 1.0)
 
     @property
     def lower_is_better(self) -> frozenset[str]:
         """Those of its metrics that are errors."""
-        return TASK_KINDS[self.kind].lower_is_better
+        return self.row.lower_is_better & set(self.config.metric_names)
 
     def loss(
         self, output_raw: Float[Tensor, "batch channels rows columns"], target: Tensor
@@ -210,15 +105,15 @@ class Task:
 
         Args:
             output_raw: network output at any stride.
-            target: int64 [batch, height, width] for segmentation, else float32
-                [batch, channels, height, width]; invalid pixels as the data contract says.
+            target: int64 [batch, height, width] for labels and edges, else float32
+                [batch, channels, height, width]; invalid pixels as `data.targets` says.
 
         Raises:
             ValueError: if output and target do not belong together.
         """
         self.check_target(output_raw, target)
         decoded = self._decode(_resize(output_raw, (target.shape[-2], target.shape[-1])))
-        return TASK_KINDS[self.kind].loss(decoded, target, self.config)
+        return self.row.loss(decoded, target, self.config)
 
     def distillation_loss(
         self,
@@ -237,7 +132,7 @@ class Task:
             )
         student = self._decode(_in_full_precision(student_raw))
         teacher = self._decode(_in_full_precision(teacher_raw.detach()))
-        return TASK_KINDS[self.kind].distillation_loss(student, teacher)
+        return self.row.distillation_loss(student, teacher)
 
     def predict(
         self, output_raw: Float[Tensor, "batch channels rows columns"], size: tuple[int, int]
@@ -249,10 +144,11 @@ class Task:
             size: height and width of the result.
 
         Returns:
-            Segmentation: int64 classes [batch, height, width]. Depth: metres, at least 0,
-            [batch, 1, height, width]. Normals: unit vectors [batch, 3, height, width].
+            A map of the target's shape. Segmentation, human parts: int64 classes. Saliency, edges:
+            probabilities. Depth and log depth: metres, at least 0. Disparity, heat maps: in the
+            unit of the target. Normals: unit vectors.
         """
-        return TASK_KINDS[self.kind].predict(self._decode(_resize(output_raw, size)))
+        return self.row.predict(self._decode(_resize(output_raw, size)))
 
     def new_metric(self) -> TaskMetrics:
         """Empty metrics; `update` takes (raw output, target), `compute` gives the scores."""
@@ -261,8 +157,8 @@ class Task:
     def picture(self, values: np.ndarray) -> UInt8[np.ndarray, "height width 3"]:
         """One map as RGB; invalid pixels are black.
 
-        The colours of depths span the nearest to the farthest pixel: join maps side by side before
-        drawing them where their colours shall be comparable.
+        The colours of depths, disparities and heat maps span the values of the map: join maps side
+        by side before drawing them where their colours shall be comparable, see `in_range_of`.
 
         Args:
             values: a target as stored ([H, W], [H, W] or [H, W, 3]), or one frame of a batch
@@ -271,7 +167,18 @@ class Task:
         Raises:
             ValueError: for another shape, or labels out of range.
         """
-        return TASK_KINDS[self.kind].picture(_channels_last(values, self), self.config)
+        return self.row.picture(_channels_last(values, self), self.config)
+
+    def in_range_of(self, target: np.ndarray, prediction: np.ndarray) -> np.ndarray:
+        """The prediction, limited to the values of the target if colours span those of a map.
+
+        One stray pixel would take most of the colours of a joined picture for itself.
+        """
+        if self.row.spans is None:
+            return prediction
+        values = self.row.spans(target)
+        known = values[np.isfinite(values)]
+        return prediction.clip(known.min(), known.max()) if known.size else prediction
 
     def check_target(self, output_raw: Tensor, target: Tensor) -> None:
         """Refuse an output or a target whose shape this task does not have.
@@ -280,7 +187,7 @@ class Task:
             ValueError: naming both shapes.
         """
         channels = self.out_channels
-        middle = () if TASK_KINDS[self.kind].has_classes else (channels,)
+        middle = () if self.row.target_channels == 0 else (self.row.target_channels,)
         expected = (output_raw.shape[0], *middle, *target.shape[-2:])
         if output_raw.ndim != 4 or output_raw.shape[1] != channels or target.shape != expected:
             axes = ", ".join(["batch", *map(str, middle), "height, width"])
@@ -290,7 +197,7 @@ class Task:
             )
 
     def _decode(self, output: Tensor) -> Tensor:
-        return TASK_KINDS[self.kind].decode(output, self.config)
+        return self.row.decode(output, self.config)
 
 
 def make_task(name: str, config: TaskConfig) -> Task:
@@ -308,11 +215,24 @@ def make_tasks(configs: Mapping[str, TaskConfig]) -> dict[str, Task]:
     """One task per entry, in the given order.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is none, or if a metric is an error to one task and none to another.
     """
     if not configs:
         raise ValueError("expected at least one task, got none; name one under tasks")
-    return {name: make_task(name, config) for name, config in configs.items()}
+    tasks = {name: make_task(name, config) for name, config in configs.items()}
+    errors = lower_is_better(tasks)
+    for task in tasks.values():
+        if wrong := (errors & set(task.config.metric_names)) - task.lower_is_better:
+            raise ValueError(
+                f"task {task.name}: {min(wrong)} is an error to another task and none to this one; "
+                f"rename it in one of the two kinds"
+            )
+    return tasks
+
+
+def lower_is_better(tasks: Mapping[str, Task]) -> frozenset[str]:
+    """The metrics that are errors to any of the tasks, those of kinds of your own included."""
+    return frozenset().union(*(task.lower_is_better for task in tasks.values()))
 
 
 def _in_full_precision(output: Tensor) -> Tensor:
@@ -325,31 +245,9 @@ def _resize(output: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(full, size=size, mode="bilinear", align_corners=False)
 
 
-def _depth_loss(pred: Tensor, target: Tensor, config: TaskConfig) -> Tensor:
-    valid = metrics.valid_depth(target)
-    if config.relative_weight == 0:
-        return losses.depth_l1(pred, target, valid)
-    return losses.jared(pred, target, valid, config.relative_weight)
-
-
-def _normals_distillation(student: Tensor, teacher: Tensor) -> Tensor:
-    everywhere = torch.ones_like(teacher[:, :1], dtype=torch.bool)
-    return losses.inverse_cosine_similarity(student, teacher, everywhere)
-
-
-def _num_classes(config: TaskConfig) -> int:
-    assert config.num_classes is not None, "TaskConfig checks that segmentation has classes"
-    return config.num_classes
-
-
-def _check_number(name: str, value: float, is_in_range: bool, expected: str) -> None:
-    if not (is_in_range and math.isfinite(value)):
-        raise ValueError(f"{name} must be finite and {expected}, got {value}")
-
-
 def _channels_last(values: np.ndarray, task: Task) -> np.ndarray:
     """A map without a channel axis, or vectors on the last axis."""
-    num_channels = 1 if TASK_KINDS[task.kind].has_classes else task.out_channels
+    num_channels = max(task.row.target_channels, 1)
     if num_channels == 1 and values.ndim == 3 and values.shape[0] == 1:
         return values[0]
     if num_channels == 1 and values.ndim == 2:
@@ -362,56 +260,3 @@ def _channels_last(values: np.ndarray, task: Task) -> np.ndarray:
         f"task {task.name}: expected one {task.kind} map with {num_channels} channels to draw, "
         f"got an array of shape {values.shape}"
     )
-
-
-TASK_KINDS: dict[str, TaskKind] = {
-    "segmentation": TaskKind(
-        target_kind="labels",
-        metric_names=metrics.SEGMENTATION_METRICS,
-        reward_metrics=("miou", "pixel_accuracy"),
-        lower_is_better=frozenset(),
-        out_channels=_num_classes,
-        decode=lambda logits, config: logits,
-        predict=lambda logits: logits.argmax(dim=1),
-        loss=lambda logits, target, config: losses.cross_entropy(logits, target),
-        distillation_loss=losses.soft_cross_entropy,
-        new_metrics=lambda config: metrics.segmentation_metrics(_num_classes(config)),
-        picture=lambda labels, config: pictures.segmentation_picture(labels, _num_classes(config)),
-        has_classes=True,
-    ),
-    "depth": TaskKind(
-        target_kind="depth",
-        metric_names=metrics.DEPTH_METRICS,
-        reward_metrics=("absolute_error", "relative_error"),
-        lower_is_better=frozenset({"absolute_error", "relative_error", "rmse"}),
-        out_channels=lambda config: 1,
-        decode=lambda output, config: output * config.scale,
-        predict=lambda depth_m: depth_m.clamp_min(0),
-        loss=_depth_loss,
-        distillation_loss=F.l1_loss,
-        new_metrics=lambda config: metrics.depth_metrics(),
-        picture=lambda depth_m, config: pictures.depth_picture(depth_m),
-        is_metric_depth=True,
-    ),
-    "normals": TaskKind(
-        target_kind="normals",
-        metric_names=metrics.NORMALS_METRICS,
-        reward_metrics=metrics.NORMALS_METRICS,
-        lower_is_better=frozenset({"mean_angle_deg"}),
-        out_channels=lambda config: 3,
-        decode=lambda output, config: output,
-        predict=losses.normalise,
-        loss=lambda pred, target, config: losses.inverse_cosine_similarity(
-            pred, target, metrics.valid_normals(target)
-        ),
-        distillation_loss=_normals_distillation,
-        new_metrics=lambda config: metrics.normals_metrics(),
-        picture=lambda normals, config: pictures.normals_picture(normals),
-    ),
-}
-
-LOWER_IS_BETTER = frozenset().union(*(kind.lower_is_better for kind in TASK_KINDS.values()))
-"""Every known metric that is an error."""
-
-REWARD_METRICS = frozenset(name for kind in TASK_KINDS.values() for name in kind.reward_metrics)
-"""Every metric that enters the reward by default."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from oneshot_ednas.data.dataset import DataSet
+from oneshot_ednas.data.layouts import adashare, astmt, cityscapes, mtan, nyuv2_mat
 from oneshot_ednas.data.manifest import MANIFEST_NAME, open_manifest
 from oneshot_ednas.schema import nearest
 
@@ -32,6 +33,30 @@ LAYOUTS: dict[str, Layout] = {
         expected=MANIFEST_NAME,
         is_in=lambda root: (root / MANIFEST_NAME).is_file(),
         open=open_manifest,
+    ),
+    # Before MTAN: AdaShare's folder of Cityscapes holds the same arrays beside its list.
+    **{
+        name: Layout(expected=row.file, is_in=row.is_in, open=row.open)
+        for name, row in adashare.LISTS.items()
+    },
+    "mtan": Layout(expected=mtan.EXPECTED, is_in=mtan.is_mtan, open=mtan.open_mtan),
+    "cityscapes": Layout(
+        expected="leftImg8bit/ and gtFine/",
+        is_in=cityscapes.is_cityscapes,
+        open=cityscapes.open_cityscapes,
+    ),
+    "nyuv2_mat": Layout(
+        expected=nyuv2_mat.FRAMES,
+        is_in=nyuv2_mat.is_nyuv2_mat,
+        open=nyuv2_mat.open_nyuv2_mat,
+    ),
+    "astmt_nyud": Layout(
+        expected="images/ and gt_sets/", is_in=astmt.is_nyud_mt, open=astmt.open_nyud_mt
+    ),
+    "astmt_pascal": Layout(
+        expected="JPEGImages/ and ImageSets/Context/",
+        is_in=astmt.is_pascal_mt,
+        open=astmt.open_pascal_mt,
     ),
 }
 """By the name that a config gives them, the most telling first."""
