@@ -105,8 +105,9 @@ class SearchConfig:
     Source: strict fairness of FairNAS (Chu et al., ICCV 2021, section 3.2)."""
     num_paths: int = 1
     """Architectures drawn per weight step; the weights move by their mean gradient."""
-    sandwich: bool = False
-    """Train the smallest and the largest architecture in each weight step too.
+    sandwich: bool = True
+    """Train the smallest and the largest architecture in each weight step too: of all trainings
+    that were compared, such a supernet ranks architectures best (docs/supernet_ranking.md).
     Source: Yu and Huang, Universally Slimmable Networks, ICCV 2019."""
     distillation: bool = False
     """With `sandwich`: the others learn from the largest's outputs in place of the labels."""
@@ -148,7 +149,7 @@ class SearchConfig:
         if self.mode == "joint" and (self.sandwich or self.alpha_every != 1 or self.num_paths != 1):
             raise ValueError(
                 "mode joint has no weight steps of its own: sandwich, distillation, num_paths and "
-                "alpha_every belong to mode alternating"
+                "alpha_every belong to mode alternating; set sandwich: false and leave the others"
             )
         if self.distillation and not self.sandwich:
             raise ValueError("distillation needs sandwich: true, whose largest network teaches")

@@ -709,11 +709,12 @@ def test_a_search_writes_its_log_and_the_text_of_the_bar(tiny, tmp_path):
         ({"alpha_every": 0}, "alpha_every: expected at least 1, got 0"),
         ({"num_paths": 0}, "num_paths: expected at least 1, got 0"),
         ({"num_paths": 2, "mode": "joint"}, "sandwich, distillation, num_paths and alpha_every"),
+        ({"mode": "joint"}, "alternating; set sandwich: false"),
         ({"warmup_fraction": 1.0}, "warmup_fraction in 0..1"),
         ({"exploration": 1.5}, "exploration in 0..1"),
         ({"alpha_learning_rate": 0.0}, "alpha_learning_rate > 0"),
         ({"alpha_weight_decay": -1.0}, "alpha_weight_decay >= 0"),
-        ({"distillation": True}, "distillation needs sandwich: true"),
+        ({"distillation": True, "sandwich": False}, "distillation needs sandwich: true"),
         ({"splits": {"weights": 1.0}}, "splits: expected weights, alpha and validation, got we"),
     ],
 )

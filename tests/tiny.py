@@ -42,6 +42,7 @@ search:
   steps: 6
   batch_size: 4
   loop: {log_every: 1, checkpoint_every: 2}
+  sandwich: false
 derive: {num_candidates: 2, num_samples: 2, calibration_batches: 2, batch_size: 8, num_budgets: 4}
 retrain:
   steps: 5
@@ -63,7 +64,7 @@ class Tiny:
     train: PackedSplit
 
     def search(self, *, seed: int = 0, target_ms: float = TARGET_MS, **settings) -> OneShotSearch:
-        settings = {"steps": 6, "batch_size": 4, "optimizer": FAST} | settings
+        settings = {"steps": 6, "batch_size": 4, "optimizer": FAST, "sandwich": False} | settings
         return OneShotSearch(
             SearchConfig(**settings),
             self.space,
