@@ -89,10 +89,10 @@ def write_cityscapes(root):
     return write_list(root, "cityscapes", splits)
 
 
-def write_nyuv2(root):
-    """Two training frames and a test frame."""
+def write_nyuv2(root, num_train=2):
+    """Training frames and a test frame."""
     rows = []
-    for number in range(3):
+    for number in range(num_train + 1):
         arrays, name = nyuv2_arrays(number), f"{number:04d}"
         rows.append(
             [
@@ -102,17 +102,17 @@ def write_nyuv2(root):
                 save(root, f"depth/{name}.npy", arrays["depth"]),
             ]
         )
-    return write_list(root, "nyuv2", {"train": rows[:2], "test": rows[2:]})
+    return write_list(root, "nyuv2", {"train": rows[:-1], "test": rows[-1:]})
 
 
-def write_taskonomy(root):
-    """Two frames of one building, and the weights of the classes."""
+def write_taskonomy(root, num_train=1):
+    """Training frames and a test frame of one building, and the weights of the classes."""
     domains = ("rgb", "segmentsemantic", "normal", "depth_zbuffer", "keypoints2d", "edge_texture")
     rows = []
-    for number in range(2):
+    for number in range(num_train + 1):
         arrays = taskonomy_arrays(number).values()
         frame = f"point_{number}_view_0_domain"
         pairs = zip(domains, arrays, strict=True)
         rows.append([save(root, f"hall/{d}/{frame}_{d}.png", array) for d, array in pairs])
     np.save(root / "semseg_prior_factor.npy", WEIGHTS)
-    return write_list(root, "taskonomy", {"train": rows[:1], "test": rows[1:]})
+    return write_list(root, "taskonomy", {"train": rows[:-1], "test": rows[-1:]})

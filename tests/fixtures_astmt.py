@@ -19,10 +19,16 @@ class Person:
     parts: dict[str, tuple[slice, slice]]
 
 
-def write_nyud_mt(root: Path) -> dict[str, dict[str, np.ndarray]]:
-    """NYUD_MT; returns what was stored by frame and folder."""
+def with_more(
+    splits: dict[str, tuple[str, ...]], more_train: tuple[str, ...]
+) -> dict[str, tuple[str, ...]]:
+    return splits | {"train": (*splits["train"], *more_train)}
+
+
+def write_nyud_mt(root: Path, more_train: tuple[str, ...] = ()) -> dict[str, dict[str, np.ndarray]]:
+    """NYUD_MT, with more frames of numbers up to 6; returns what was stored by frame and folder."""
     stored = {}
-    for split, frames in NYUD_SPLITS.items():
+    for split, frames in with_more(NYUD_SPLITS, more_train).items():
         write_text(root / f"gt_sets/{split}.txt", "\n".join(frames) + "\n")
         for frame in frames:
             stored[frame] = nyud_frame(int(frame))
@@ -54,12 +60,15 @@ def nyud_frame(seed: int) -> dict[str, np.ndarray]:
 
 
 def write_pascal_mt(
-    root: Path, labels: tuple[str, ...] = ("VOC12", "pascal-context")
+    root: Path,
+    labels: tuple[str, ...] = ("VOC12", "pascal-context"),
+    more_train: tuple[str, ...] = (),
 ) -> dict[str, dict[str, np.ndarray]]:
     """PASCAL_MT; returns what was stored by frame and folder.
 
     Frame `2008_000003` shows two persons of whom one has parts, `2008_000002` a person without
     parts, `2010_000001` none. With two folders of labels the first holds all frames but the last.
+    More frames, whose last digit is at most 6, show the persons of `2008_000003`.
     """
     persons = {
         "2008_000003": [
@@ -72,8 +81,9 @@ def write_pascal_mt(
         "2008_000002": [Person(slice(0, 12), {})],
         "2010_000001": [],
     }
+    persons |= dict.fromkeys(more_train, persons["2008_000003"])
     stored = {}
-    for split, frames in PASCAL_SPLITS.items():
+    for split, frames in with_more(PASCAL_SPLITS, more_train).items():
         write_text(root / f"ImageSets/Context/{split}.txt", "\n".join(frames) + "\n")
         for frame in frames:
             stored[frame] = arrays = pascal_frame(int(frame[-1]))

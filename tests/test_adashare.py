@@ -281,3 +281,8 @@ def test_faulty_class_weights_are_refused(tmp_path, weights, message):
         class_weights(tmp_path)
     assert "expected 17 positive numbers, one per class" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_the_notes_of_the_data_set_say_how_to_weigh_its_classes(tmp_path):
+    note = LISTS["adashare_taskonomy"].open(fixtures.write_taskonomy(tmp_path)).notes[-1]
+    assert "tasks.segmentation.class_weights to [0.5, 0.625, " in note

@@ -486,7 +486,7 @@ def not_an_image(data: Path) -> None:
     [
         (too_large, "frame 3: segmentation is 33x24, expected the image's 32x24"),
         (missing, "frame 11: no file "),
-        (unknown_label, "frame 0: label/0.png: labels 7 in 1 pixels lie outside the 3 stored classes"),
+        (unknown_label, "frame 0: label/0.png: labels 7 in 1 pixels lie outside the 3 "),
         (no_split, "no file test.txt for a split in "),
         (not_an_image, "frame 2: "),
     ],

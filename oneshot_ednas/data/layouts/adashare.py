@@ -84,6 +84,8 @@ class FrameList:
     image: ImageSource
     targets: dict[str, TargetSource]
     notes: tuple[str, ...] = ()
+    has_class_weights: bool = False
+    """Whether `class_weights` are those of this data set."""
 
     def is_in(self, root: Path) -> bool:
         """Whether a folder has the list."""
@@ -132,7 +134,7 @@ class FrameList:
             targets=self.targets,
             splits=splits,
             listed=listed,
-            notes=self.notes,
+            notes=self.notes + (_weight_notes(root) if self.has_class_weights else ()),
         )
 
     def _read(self, root: Path) -> dict[str, object]:
@@ -245,6 +247,14 @@ def _heat_map() -> ValuesSource:
     return ValuesSource(kind="values", folder=".", suffix=".png", scale=1 / 65536)
 
 
+def _weight_notes(root: Path) -> tuple[str, ...]:
+    return tuple(
+        f"{target}: {WEIGHTS_FILE} weighs the classes; for the papers' loss set "
+        f"tasks.{target}.class_weights to [{', '.join(f'{weight:.4g}' for weight in weights)}]"
+        for target, weights in class_weights(root).items()
+    )
+
+
 LISTS: dict[str, FrameList] = {
     "adashare_cityscapes": FrameList(
         file="cityscape.json",
@@ -316,6 +326,7 @@ LISTS: dict[str, FrameList] = {
             "segmentation: the labels were made by a network (FCIS), not by people",
             "normals: z is read as forward, as other works do, though its authors say backward",
         ),
+        has_class_weights=True,
     ),
 }
 """By the name that a config gives the layout."""
