@@ -20,6 +20,7 @@ from oneshot_ednas.config import ExperimentConfig, first_difference, what_define
 from oneshot_ednas.data.order import split_indices
 from oneshot_ednas.data.packed import PackedSplit
 from oneshot_ednas.data.source import load_data
+from oneshot_ednas.data.targets import is_valid
 from oneshot_ednas.latency.costs import SpaceCosts
 from oneshot_ednas.latency.operations import network_macs
 from oneshot_ednas.latency.table import LatencyTable
@@ -310,15 +311,19 @@ class Experiment(Problem):
             )
         self.baselines = {name: self.baseline(name) for name in config.baselines}
         self.indices = indices
-        self._check_depth()
+        self._check_scored()
 
-    def _check_depth(self) -> None:
+    def _check_scored(self) -> None:
         """Refuse splits on which a metric would have nothing to score, before training for it."""
         scored = {"test": self.test, "validation": self.part("validation")}
-        for name, split in scored.items():
-            learned = {task.target for task in self.tasks.values()}
-            if "depth" in learned and split.num_invalid_depth_frames == len(split):
-                raise ValueError(f"none of the {len(split)} {name} frames has a valid depth")
+        for part, split in scored.items():
+            for name, task in self.tasks.items():
+                rows = (split.arrays[name][row] for row in split.indices)
+                if not any(is_valid(split.kinds[name], row).any() for row in rows):
+                    raise ValueError(
+                        f"none of the {len(split)} {part} frames has a valid pixel of "
+                        f"{task.target}; give it more frames, or leave the task out"
+                    )
 
     @property
     def _contents(self) -> dict[Path, tuple[str, str]]:

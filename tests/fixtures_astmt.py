@@ -20,15 +20,15 @@ class Person:
 
 
 def with_more(
-    splits: dict[str, tuple[str, ...]], more_train: tuple[str, ...]
+    splits: dict[str, tuple[str, ...]], more_train: tuple[str, ...], more_val: tuple[str, ...]
 ) -> dict[str, tuple[str, ...]]:
-    return splits | {"train": (*splits["train"], *more_train)}
+    return {"train": (*splits["train"], *more_train), "val": (*splits["val"], *more_val)}
 
 
 def write_nyud_mt(root: Path, more_train: tuple[str, ...] = ()) -> dict[str, dict[str, np.ndarray]]:
     """NYUD_MT, with more frames of numbers up to 6; returns what was stored by frame and folder."""
     stored = {}
-    for split, frames in with_more(NYUD_SPLITS, more_train).items():
+    for split, frames in with_more(NYUD_SPLITS, more_train, ()).items():
         write_text(root / f"gt_sets/{split}.txt", "\n".join(frames) + "\n")
         for frame in frames:
             stored[frame] = nyud_frame(int(frame))
@@ -63,6 +63,7 @@ def write_pascal_mt(
     root: Path,
     labels: tuple[str, ...] = ("VOC12", "pascal-context"),
     more_train: tuple[str, ...] = (),
+    more_val: tuple[str, ...] = (),
 ) -> dict[str, dict[str, np.ndarray]]:
     """PASCAL_MT; returns what was stored by frame and folder.
 
@@ -81,9 +82,9 @@ def write_pascal_mt(
         "2008_000002": [Person(slice(0, 12), {})],
         "2010_000001": [],
     }
-    persons |= dict.fromkeys(more_train, persons["2008_000003"])
+    persons |= dict.fromkeys((*more_train, *more_val), persons["2008_000003"])
     stored = {}
-    for split, frames in with_more(PASCAL_SPLITS, more_train).items():
+    for split, frames in with_more(PASCAL_SPLITS, more_train, more_val).items():
         write_text(root / f"ImageSets/Context/{split}.txt", "\n".join(frames) + "\n")
         for frame in frames:
             stored[frame] = arrays = pascal_frame(int(frame[-1]))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -519,6 +520,15 @@ def test_a_frame_without_valid_depth_is_counted_and_the_run_goes_on(rooms):
         warnings.simplefilter("ignore")
         derived = good("derive", rooms / "runs/run", "--json")
     assert json.loads(derived.stdout)["stage"] == "derive"
+
+
+def test_a_test_split_without_a_valid_pixel_of_a_task_is_refused_before_training(rooms):
+    for number in (rooms / "data/test.txt").read_text().split():
+        invalid = np.full((24, 32), 255, dtype=np.uint8)
+        Image.fromarray(invalid).save(rooms / f"data/label/{number}.png")
+    line = refused(*rooms_arguments(rooms))
+    assert re.search(r"none of the \d+ test frames has a valid pixel of segmentation", line)
+    assert not (rooms / "runs").exists()
 
 
 def test_a_failure_inside_gets_status_1_and_debug_the_traceback(project, tmp_path, monkeypatch):

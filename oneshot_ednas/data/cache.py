@@ -221,7 +221,7 @@ def _fill(folder: Path, source: FrameSource, chunk: range) -> list[int]:
                     f"{frame[name].shape}, expected {array.dtype} {array.shape[1:]} as the first"
                 )
             array[index] = frame[name]
-        if "depth" in frame and not (frame["depth"] > 0).any():
+        if source.kinds.get("depth") == "depth" and not (frame["depth"] > 0).any():
             without_depth.append(index)
     for array in arrays.values():
         array.flush()

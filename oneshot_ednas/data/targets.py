@@ -43,7 +43,7 @@ class TargetKind:
 
 TARGET_KINDS: dict[str, TargetKind] = {
     "labels": TargetKind(
-        dtype=np.uint8, invalid=IGNORE, rule=f"the manifest's ignore value (stored as {IGNORE})"
+        dtype=np.uint8, invalid=IGNORE, rule=f"the ignored label (stored as {IGNORE})"
     ),
     "edges": TargetKind(
         dtype=np.uint8, invalid=IGNORE, resize="any", rule=f"stored as {IGNORE}; others are 0 or 1"
