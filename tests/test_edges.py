@@ -101,6 +101,17 @@ def test_edges_under_invalid_pixels_do_not_count() -> None:
     assert ods_f(prediction, edges, 0.0075) == 1
 
 
+@pytest.mark.parametrize("fill", [0.0, 1.0, np.nan])
+def test_predictions_under_invalid_pixels_change_nothing_beside_them(fill: float) -> None:
+    generator = np.random.default_rng(3)
+    edges = drawing()
+    prediction = np.where(edges == 1, 0.6, 0) + 0.4 * generator.random(edges.shape)
+    edges[:20] = 255
+    other = prediction.copy()
+    other[:20] = fill
+    assert ods_f(other, edges, 0.0075) == ods_f(prediction, edges, 0.0075)
+
+
 def test_thick_truth_and_blurred_predictions_are_thinned() -> None:
     thick = ndimage.binary_dilation(drawing() == 1)
     blurred = ndimage.gaussian_filter(drawing().astype(float), 1.0)

@@ -389,7 +389,9 @@ FITS = [
         (
             "tasks.segmentation.target=segmentation",
             "data.test_split=val",
-            "tasks.disparity.scale=20",
+            "tasks.disparity.scale=12.8",
+            "tasks.disparity.loss_weight=0.00371",
+            "tasks.disparity.relative_weight=13.5",
         ),
     ),
     Fit("nyuv2_3task", "adashare_nyuv2"),

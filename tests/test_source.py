@@ -1,5 +1,6 @@
 """Where a run's data comes from: rendered streets or a user's folder."""
 
+import fixtures_mtan
 import numpy as np
 import pytest
 from PIL import Image
@@ -134,7 +135,9 @@ def test_tasks_must_match_the_data(rooms):
     with pytest.raises(ValueError, match="rooms has no target normals; known: depth, segmentation"):
         load_data(folder_config(root=str(rooms)), tasks(normals=TaskConfig(kind="normals")))
     ten = TaskConfig(kind="segmentation", num_classes=10)
-    message = "task segmentation: num_classes is 10, rooms-train has 3 classes"
+    message = (
+        "task segmentation: expected 10 classes, segmentation of rooms-train has 3; set num_classes"
+    )
     with pytest.raises(ValueError, match=message):
         load_data(folder_config(root=str(rooms)), tasks(segmentation=ten))
     streets = DataConfig(height=32, width=32, train_frames=32, test_frames=6, workers=1)
@@ -144,3 +147,17 @@ def test_tasks_must_match_the_data(rooms):
         ValueError, match=r"task depth is of kind normals, which .* normals; .* has depth"
     ):
         load_data(streets, tasks(depth=TaskConfig(kind="normals")))
+
+
+def test_a_task_of_another_name_tells_a_pack_its_number_of_classes(tmp_path):
+    fixtures_mtan.write_cityscapes(tmp_path, folders=("label",))
+    config = folder_config(root=str(tmp_path), train_split="train", test_split="val")
+    named = tasks(semantics=TaskConfig(kind="segmentation", target="segmentation", num_classes=7))
+    train, _ = load_data(config, named)
+    assert len(train.class_names["semantics"]) == 7
+
+
+def test_saliency_needs_labels_of_two_classes(rooms):
+    mask = tasks(mask=TaskConfig(kind="saliency", target="segmentation"))
+    with pytest.raises(ValueError, match="task mask: expected 2 classes, segmentation of rooms-tr"):
+        load_data(folder_config(root=str(rooms)), mask)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from oneshot_ednas.data.decode import label_edges
+from oneshot_ednas.data.decode import VOID_RIM, label_edges
 from oneshot_ednas.data.manifest import open_manifest
 from oneshot_ednas.data.targets import TARGET_KINDS, is_valid, resized
 
@@ -97,7 +97,7 @@ def test_invalid_pixels_are_known_by_kind():
 @given(size=sizes, seed=st.integers(0, 99))
 def test_label_edges_are_where_a_right_or_lower_neighbour_differs(size, seed):
     labels = np.random.default_rng(seed).integers(-1, 3, size)
-    edges = label_edges(labels)
+    edges = label_edges(labels, np.zeros(size, bool))
     assert edges.dtype == np.uint8
     for row in range(size[0]):
         for column in range(size[1]):
@@ -107,6 +107,25 @@ def test_label_edges_are_where_a_right_or_lower_neighbour_differs(size, seed):
             if row + 1 < size[0]:
                 neighbours.append(labels[row + 1, column])
             assert edges[row, column] == any(other != label for other in neighbours)
+
+
+@pytest.mark.parametrize("width", [1, 2, 5, 10])
+def test_a_rim_of_void_is_one_contour(width):
+    labels = np.zeros((4, 20 + width), np.uint8)
+    labels[:, 10 + width :] = 3
+    labels[:, 10 : 10 + width] = 255
+    edges = label_edges(labels, labels == 255)
+    assert (edges.sum(axis=1) == 1).all()
+    assert (edges[:, 9 : 10 + width] == 1).any(axis=1).all()
+
+
+def test_nothing_is_known_of_edges_deep_in_void():
+    labels = np.zeros((3, 30), np.uint8)
+    labels[:, 10:] = 255
+    edges = label_edges(labels, labels == 255)
+    assert (edges[:, : 10 + VOID_RIM] == 0).all()
+    assert (edges[:, 10 + VOID_RIM :] == 255).all()
+    assert (label_edges(labels, np.ones((3, 30), bool)) == 255).all()
 
 
 def test_disparity_is_scaled_and_what_is_not_positive_is_invalid(tmp_path):
@@ -168,8 +187,8 @@ def test_edges_are_derived_from_the_stored_labels_whatever_the_label_map(tmp_pat
     Image.fromarray(labels).save(tmp_path / "label/a.png")
     for label_map in (None, "two"):
         frame = data.read_stored("a", label_map=label_map)
-        assert (frame["edges"] == label_edges(labels)).all()
-    assert frame["edges"].sum() == HEIGHT + 1
+        assert (frame["edges"] == label_edges(labels, labels == 255)).all()
+    assert frame["edges"].sum() == HEIGHT
     # Only what the edges are derived from is read.
     assert data.files("a", ["edges"]) == ("rgb/a.png", "label/a.png")
     assert data.sources(["edges"]).keys() == {"edges", "segmentation"}

@@ -12,6 +12,7 @@ TRAINED_WITH = ("data", "tasks", "search.splits", "retrain", "multi_trial.steps"
 """Settings that the result of a trial depends on, besides the space and the seeds."""
 NOT_OF_TRIALS = (
     "data.root",
+    "data.layout",
     "data.manifest",
     "data.workers",
     "retrain.steps",

@@ -24,7 +24,7 @@ from oneshot_ednas.architecture import Architecture
 from oneshot_ednas.benchmark.table import Benchmark
 from oneshot_ednas.correlation import kendall_tau
 from oneshot_ednas.latency.operations import network_operations
-from oneshot_ednas.tasks import LOWER_IS_BETTER
+from oneshot_ednas.tasks import lower_is_better
 from oneshot_ednas.training import Metrics, accuracy_of, numpy_generator, training_macs
 from oneshot_ednas.trial import Outcome
 
@@ -283,7 +283,8 @@ class Surrogate:
         """
         low, high = logs.min(0), logs.max(0)
         margin = (high - low) / 2
-        is_share = [name not in LOWER_IS_BETTER for _, name in self._columns] * 2
+        errors = lower_is_better(self.benchmark.tasks)
+        is_share = [name not in errors for _, name in self._columns] * 2
         limit = np.where(np.array(is_share) & (high <= 0), 0.0, np.inf)
         return low - margin, np.minimum(high + margin, limit)
 

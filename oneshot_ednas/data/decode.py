@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float16, Float32, Float64, Integer, Shaped, UInt8
+import scipy.ndimage
+from jaxtyping import Bool, Float16, Float32, Float64, Integer, Shaped, UInt8
 
 from oneshot_ednas.data import files
 from oneshot_ednas.data.normals import normals_from_depth
@@ -29,6 +30,10 @@ from oneshot_ednas.data.sources import (
     ValuesSource,
 )
 from oneshot_ednas.data.targets import IGNORE
+
+VOID_RIM = 5
+"""Pixels from the nearest label to which the place of a contour is told; PASCAL VOC's rims are
+about five pixels wide."""
 
 # What float32 can hold; larger numbers are damage, not measurements.
 _LARGEST = float(np.finfo(np.float32).max)
@@ -100,15 +105,30 @@ def needed_targets(name: str, targets: dict[str, TargetSource]) -> tuple[str, ..
     return (name,)
 
 
-def label_edges(labels: Integer[np.ndarray, "height width"]) -> UInt8[np.ndarray, "height width"]:
+def label_edges(
+    labels: Integer[np.ndarray, "height width"], is_void: Bool[np.ndarray, "height width"]
+) -> UInt8[np.ndarray, "height width"]:
     """1 where a pixel's label is not that of its right or lower neighbour, else 0.
 
-    The label of invalid pixels is a label like any other, so the rim of an unlabelled region is
-    an edge too.
+    A pixel without a label gets that of the nearest one that has it: so the rim of void that
+    PASCAL VOC draws around objects is one contour, not two. Deeper inside a region without labels
+    nothing is known.
+
+    Args:
+        labels: any whole numbers.
+        is_void: pixels without a label.
+
+    Returns:
+        0, 1, and 255 farther than `VOID_RIM` pixels from any label.
     """
+    if is_void.all():
+        return np.full(labels.shape, IGNORE, np.uint8)
+    distance, nearest = scipy.ndimage.distance_transform_edt(is_void, return_indices=True)
+    labels = labels[tuple(nearest)]
     edges = np.zeros(labels.shape, np.uint8)
     edges[:, :-1] |= labels[:, :-1] != labels[:, 1:]
     edges[:-1] |= labels[:-1] != labels[1:]
+    edges[distance > VOID_RIM] = IGNORE
     return edges
 
 
@@ -183,7 +203,10 @@ def _derived_edges(
 ) -> UInt8[np.ndarray, "height width"]:
     labels = stored.targets[source.labels]
     assert isinstance(labels, LabelsSource)
-    return label_edges(_stored_labels(source.labels, labels, stored))
+    found = _stored_labels(source.labels, labels, stored)
+    is_void = found == (IGNORE if labels.ignore is None else labels.ignore)
+    dropped = [label for label, index in enumerate(labels.label_map(None).map) if index == IGNORE]
+    return label_edges(found, is_void | np.isin(found, dropped))
 
 
 def _depth(name: str, source: DepthSource, stored: Stored) -> Float32[np.ndarray, "height width"]:

@@ -1,4 +1,4 @@
-"""Which data set a run uses: the embedded streets, or a folder with a manifest."""
+"""Which data set a run uses: the embedded streets, or a data folder."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -72,7 +72,7 @@ def load_data(config: DataConfig, tasks: Mapping[str, Task]) -> tuple[PackedSpli
 
     Args:
         config: what to load.
-        tasks: the tasks; each needs a target of its name.
+        tasks: the tasks; each needs its target.
 
     Raises:
         ValueError: for whatever is missing or wrong in the data, or a task without target.
@@ -97,7 +97,7 @@ def load_data(config: DataConfig, tasks: Mapping[str, Task]) -> tuple[PackedSpli
         folder = _folder(config)
         manifest = None if config.manifest is None else find_file(config.manifest, beside=folder)
         data = open_data(folder, manifest=manifest, layout=config.layout)
-        classes = {name: task.config.num_classes for name, task in tasks.items()}
+        classes = {task.target: task.num_classes for task in tasks.values()}
         data = with_num_classes(data, {name: count for name, count in classes.items() if count})
 
         def load(split: str, progress: Callable[[int, int], None]) -> PackedSplit:
@@ -147,10 +147,11 @@ def _check_tasks(split: PackedSplit, tasks: Mapping[str, Task]) -> None:
                 f"{task.target} of {split.name} has {found}"
             )
         names = split.class_names.get(task.target)
-        count = task.config.num_classes
+        count = task.num_classes
         if names is not None and count not in (None, len(names)):
             raise ValueError(
-                f"task {name}: num_classes is {count}, {split.name} has {len(names)} classes"
+                f"task {name}: expected {count} classes, {task.target} of {split.name} has "
+                f"{len(names)}; set num_classes, or choose another target or label map"
             )
 
 

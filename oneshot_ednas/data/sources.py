@@ -110,6 +110,13 @@ class LabelsSource(FileSource):
             raise ValueError(f"above makes two classes, got {len(self.classes)}")
         if self.above is not None and self.label_maps:
             raise ValueError("above makes the classes, so there can be no label_maps")
+        stored = len(self.classes if self.map is None else self.map)
+        for name, label_map in self.label_maps.items():
+            if len(label_map.map) != stored:
+                raise ValueError(
+                    f"label_maps.{name}: expected a class for each of {stored} stored labels, "
+                    f"got {len(label_map.map)}"
+                )
 
     def label_map(self, name: str | None) -> LabelMap:
         """A named label map; None is `classes` by `map`.

@@ -19,6 +19,7 @@ from oneshot_ednas.data.targets import TARGET_KINDS, is_valid
 KEY_BITS = 18
 """Numbers are counted by the first bits of their float32: sign, exponent and 9 of 23 bits of the
 mantissa. A quantile is off by at most a thousandth of itself."""
+_KEYS_OF_ZERO = ((1 << (KEY_BITS - 1)) - 1, 1 << (KEY_BITS - 1))
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 
 
@@ -289,7 +290,12 @@ def _keys(values: Float32[np.ndarray, " count"]) -> Int64[np.ndarray, " count"]:
 
 
 def _key_centre(key: int) -> float:
-    """A number in the middle of those that have this key."""
+    """A number in the middle of those that have this key; 0 for the key of 0 itself.
+
+    Next to 0 are numbers below 1e-40 only, which nobody means.
+    """
+    if key in _KEYS_OF_ZERO:
+        return 0.0
     ordered = (key << (32 - KEY_BITS)) | (1 << (31 - KEY_BITS))
     bits = ordered & 0x7FFFFFFF if ordered >> 31 else ~ordered & 0xFFFFFFFF
     return float(np.array([bits], np.uint32).view(np.float32)[0])

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from oneshot_ednas.data.targets import TARGET_KINDS
@@ -140,6 +140,8 @@ def _scale(
         if name == "image":
             continue
         kind = TARGET_KINDS[kinds[name]]
+        if kind.resize == "any" and low < 1:
+            target = _grown(target, scale, low)
         planes = target.view(size, -1, height * width)
         picked = planes.gather(2, flat.expand(-1, planes.shape[1], -1))
         picked = picked.view(size, -1, height, width)
@@ -149,6 +151,17 @@ def _scale(
             picked = torch.where(inside, picked, kind.invalid)
         result[name] = picked.view_as(target).to(target.dtype)
     return result
+
+
+def _grown(
+    target: Int64[Tensor, "batch height width"], scale: Tensor, low: float
+) -> Int64[Tensor, "batch height width"]:
+    """Maps of 0 and 1 in which lines are so wide that none is lost between the picked pixels."""
+    side = 2 * math.ceil(0.5 / low) + 1
+    lines = (target == 1).float().unsqueeze(1)
+    grown = F.max_pool2d(lines, side, stride=1, padding=side // 2).squeeze(1) > 0
+    is_shrunk = (scale < 1).view(-1, 1, 1)
+    return torch.where(is_shrunk & grown & (target == 0), 1, target)
 
 
 def _centres(pixels: int, like: Tensor) -> Float[Tensor, " pixels"]:

@@ -116,7 +116,7 @@ def frame_counts(
     """
     valid = edges != INVALID_LABEL
     truth = np.argwhere(thinned(edges == 1) & valid)
-    values = suppressed(np.nan_to_num(probability))
+    values = suppressed(np.where(valid, np.nan_to_num(probability), 0))
     is_candidate = (values >= EDGE_THRESHOLDS[0]) & valid
     distance = max_distance * math.hypot(*edges.shape)
     matching = Matching(_pairs(np.argwhere(is_candidate), truth, distance))

@@ -196,6 +196,9 @@ class TaskKind:
     """Map to the values that its colours span, NaN where it has none; None if the colours of a
     value are the same in every map."""
 
+    num_classes: int | None = None
+    """Number of classes that its labels must have, where that is no setting."""
+
     settings: frozenset[str] = frozenset()
     """The fields of `TaskConfig` that not every kind has, and this one has."""
 
@@ -380,6 +383,7 @@ TASK_KINDS: dict[str, TaskKind] = {
     ),
     "saliency": TaskKind(
         target_kind="labels",
+        num_classes=2,
         target_channels=0,
         metrics=dict.fromkeys(
             ("ours", "astmt"),

@@ -74,6 +74,11 @@ class Task:
         return self.config.target or self.name
 
     @property
+    def num_classes(self) -> int | None:
+        """Number of classes that its target must have, None where it has no classes."""
+        return self.config.num_classes or self.row.num_classes
+
+    @property
     def out_channels(self) -> int:
         """Channels that the network must give this task."""
         return self.row.out_channels(self.config)
