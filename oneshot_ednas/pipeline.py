@@ -454,8 +454,8 @@ class OneShotRun(Run):
         # Last, since a run that has it takes this stage for done.
         write_text(self.files.architecture, best.derived.architecture.to_text())
         note(
-            f"derive: {best.derived.latency_ms:.4g} ms of {self.target_ms:g} ms, reward "
-            f"{best.reward:.4f} with supernet weights, best of {len(ranked)}"
+            f"derive: {best.derived.latency_ms:.4g} ms of {self.target_ms:g} ms, "
+            f"validation reward {best.reward:.4f} with supernet weights, best of {len(ranked)}"
         )
 
     def export(self) -> dict[str, Any]:

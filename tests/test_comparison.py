@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from recorded import Recorder, metrics_of
 from test_cli import call, good
 from test_report import Page
 
-from oneshot_ednas.comparison import compare_runs
+from oneshot_ednas.comparison import compare_runs, plots
 from oneshot_ednas.comparison.bootstrap import difference, resampled_means, student_quantile
 from oneshot_ednas.comparison.compared import compared
 from oneshot_ednas.comparison.curves import over_seeds, search_curve, trial_curve
@@ -25,10 +26,11 @@ from oneshot_ednas.comparison.methods import group
 from oneshot_ednas.comparison.page import to_html, to_markdown
 from oneshot_ednas.comparison.plots import _seen
 from oneshot_ednas.comparison.runs import check_comparable, flatten, read_run
-from oneshot_ednas.comparison.tables import verdict
+from oneshot_ednas.comparison.tables import result_rows, verdict
 from oneshot_ednas.config import load_config
 from oneshot_ednas.multi_trial.trials import Trial, read_trials
 from oneshot_ednas.pipeline import run_class
+from oneshot_ednas.report.plots import to_png
 from oneshot_ednas.reward import accuracy_product, deltas
 from oneshot_ednas.schema import read_json
 from oneshot_ednas.space import SearchSpace
@@ -584,20 +586,177 @@ def test_the_verdict_claims_only_what_is_shown(recorder, tmp_path):
     assert [one.winner for one in found.differences] == [None, "one_shot", "evolution"]
 
 
+def on_benchmark(path: Path) -> Path:
+    """The run as a benchmark's: predicted trials, no retraining, no data."""
+    results = read_json(path / "results.json")
+    results |= {"benchmark": {"file": "b.json"}}
+    results["cost"] |= {"retrain_macs": 0.0, "retrain_seconds": 0.0}
+    write_json(path / "results.json", results)
+    write_json(path / "data.json", {"benchmark": "d" * 64})
+    (path / "splits.json").unlink()
+    return path
+
+
 def test_runs_on_a_benchmark_are_compared_with_each_other_alone(recorder, tmp_path):
     live = recorder.write(tmp_path / "live", baselines=())
-    paths = [recorder.write(tmp_path / str(i), "random", i, baselines=()) for i in range(2)]
-    for path in paths:
-        results = read_json(path / "results.json")
-        write_json(path / "results.json", results | {"benchmark": {"file": "b.json"}})
-        write_json(path / "data.json", {"benchmark": "d" * 64})
-        (path / "splits.json").unlink()
+    paths = [
+        on_benchmark(recorder.write(tmp_path / str(i), "random", i, baselines=())) for i in range(2)
+    ]
     found = compared(paths)
     assert (
         found.notes[0] == "No network was trained: all figures are those of the benchmark b.json."
     )
-    with pytest.raises(ValueError, match=r"differ in data.json.train; .*data.json.benchmark"):
-        compared([live, *paths])
+    kinds = r"metrics of .*/0 are predicted by a benchmark, the networks of .*/live are trained"
+    for mixed in ([live, *paths], [*paths, live]):
+        with pytest.raises(ValueError, match=kinds):
+            compared(mixed)
+
+
+def texts_of(figure: Figure) -> list[str]:
+    """Legend, titles and axis labels of a picture."""
+    labels = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+    for axes in figure.axes:
+        labels += [axes.get_title("left"), axes.get_xlabel()]
+    return labels
+
+
+@pytest.fixture
+def figures(monkeypatch) -> list[Figure]:
+    """The pictures of a comparison before they become PNG: rewards, anytime, pareto."""
+    drawn: list[Figure] = []
+
+    def keep(figure: Figure) -> bytes:
+        drawn.append(figure)
+        return to_png(figure)
+
+    monkeypatch.setattr(plots, "to_png", keep)
+    return drawn
+
+
+def test_nothing_is_called_trained_that_a_benchmark_predicts(recorder, figures, tmp_path):
+    paths = [
+        on_benchmark(recorder.write(tmp_path / f"{method}_{i}", method, i, baselines=()))
+        for method in ("evolution", "random")
+        for i in range(2)
+    ]
+    called = good("compare", *map(str, paths), "--out", str(tmp_path / "out"))
+    written = (tmp_path / "out/comparison.md").read_text(encoding="utf-8")
+    page = (tmp_path / "out/comparison.html").read_text(encoding="utf-8")
+    labels = "\n".join(label for figure in figures for label in texts_of(figure))
+    for text in (called.stdout, written, page, labels):
+        assert "retrain" not in text
+        assert "trained from scratch" not in text
+        assert "predicted" in text
+        assert "would have taken" in text
+    for text in (called.stdout, written, page):
+        assert "predicted by the benchmark" in text
+        assert "Search, time" not in text
+    assert read_json(tmp_path / "out/comparison.json")["is_predicted"]
+    for name in ("device", "torch"):  # predicted seconds do not depend on the device
+        for i, path in enumerate(paths):
+            results = read_json(path / "results.json") | {"versions": {name: str(i)}}
+            write_json(path / "results.json", results)
+        (note,) = [note for note in compared(paths).notes if "different" in note]
+        assert note.endswith("figures may differ by that.")
+
+
+def test_trained_networks_are_not_called_predicted(comparison):
+    for name in ("comparison.md", "comparison.html"):
+        text = (comparison / name).read_text(encoding="utf-8")
+        assert "predicted" not in text
+        assert "would have taken" not in text
+        assert "trained from scratch" in text
+    assert read_json(comparison / "comparison.json")["is_predicted"] is False
+
+
+def test_legends_and_captions_list_what_is_drawn(recorder, figures, tmp_path):
+    one_shot = recorder.write(tmp_path / "a", baselines=())
+    evolution = recorder.write(tmp_path / "b", "evolution", baselines=())
+    recorder.num_trials = 1  # one point, which is no line
+    single = recorder.write(tmp_path / "c", "random", baselines=())
+    unlogged = recorder.write(tmp_path / "d", seed=1, baselines=())
+    (unlogged / "metrics.jsonl").unlink()
+    (unlogged / "candidates.json").unlink()
+    line, dotted, trial = "best trial so far", "with supernet weights", "trial"
+    cases = [  # runs, lists of anytime plot and of Pareto plot, words of the caption
+        ([one_shot, evolution], {line, dotted}, {trial, dotted}, {"Lines:", "Dotted:"}),
+        ([one_shot], {dotted}, {dotted}, {"Dotted:"}),
+        ([evolution], {line}, {trial}, {"Lines:"}),
+        ([single], set(), {trial}, set()),
+        ([unlogged], set(), set(), set()),
+    ]
+    kinds, words = {line, dotted, trial}, {"Lines:", "Dotted:", "Marks:"}
+    for number, (paths, anytime, pareto, caption) in enumerate(cases):
+        figures.clear()
+        found = compare_runs(paths, tmp_path / f"out{number}")
+        assert kinds & set(texts_of(figures[1])) == anytime
+        assert kinds & set(texts_of(figures[2])) == pareto
+        assert "retrained, test split" in texts_of(figures[1])
+        assert "target, 5 ms" in texts_of(figures[2])
+        text = to_markdown(found)
+        assert {word for word in words if word in text} == caption | {"Marks:"}
+
+
+@pytest.mark.parametrize(
+    ("search_macs", "power", "shown"),
+    [(1e15, 15, "1.000"), (2.88e11, 9, "288.0"), (9.999e8, 6, "999.9"), (2.2e13, 12, "22.00")],
+)
+def test_tables_and_pictures_count_multiply_adds_in_one_unit(
+    recorder, figures, tmp_path, search_macs, power, shown
+):
+    path = recorder.write(tmp_path / "a", baselines=())
+    dear = recorder.write(tmp_path / "b", "evolution", baselines=())
+    for run, factor in ((path, 1), (dear, 40)):
+        results = read_json(run / "results.json")
+        results["cost"]["search_macs"] = factor * search_macs
+        write_json(run / "results.json", results)
+    found = compare_runs([path, dear], tmp_path / "out")
+    (row,) = [row for row in result_rows(found) if row[0] == f"Search, 10^{power} multiply-adds"]
+    assert row[1] == shown
+    axes = figures[1].axes[0]
+    assert axes.get_xlabel() == f"$10^{{{power}}}$ multiply-adds"
+    figures[1].canvas.draw()
+    ticks = [text.get_text() for text in axes.get_xticklabels(which="both")]
+    assert any(ticks)
+    assert not any("^" in tick for tick in ticks)
+
+
+def test_one_method_has_no_differences(recorder, figures, tmp_path):
+    paths = [recorder.write(tmp_path / str(i), "random", i, baselines=()) for i in range(2)]
+    called = good("compare", *map(str, paths), "--out", str(tmp_path / "out"))
+    written = (tmp_path / "out/comparison.md").read_text(encoding="utf-8")
+    page = (tmp_path / "out/comparison.html").read_text(encoding="utf-8")
+    for text in (called.stdout, written, page):
+        assert "Only random search has finished runs." in text
+        assert "ifference" not in text
+        assert "every pair" not in text
+    sections = ["headline", "results", "rewards", "anytime", "pareto", "runs"]
+    assert list(Page(page).sections) == sections
+    assert len(figures[0].axes) == 1
+
+
+def test_a_comparison_of_other_runs_is_not_overwritten(recorder, tmp_path):
+    runs = [str(recorder.write(tmp_path / str(i), seed=i)) for i in range(2)]
+    unfinished = recorder.write(tmp_path / "2", "random", is_finished=False)
+    out = tmp_path / "out"
+    call_of = ("--out", str(out))
+    good("compare", *runs, str(unfinished), *call_of)
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    for others in (runs, runs[:1]):
+        found = call("compare", *others, *call_of)
+        assert found.exit_code == 2
+        (line,) = found.stderr.strip().splitlines()
+        assert "expected an empty folder or one with a comparison of the same runs" in line
+        assert {path: path.read_bytes() for path in out.iterdir()} == before
+    # The same runs in another order, one of them finished now.
+    shutil.rmtree(unfinished)
+    recorder.write(unfinished, "random")
+    good("compare", str(unfinished), *runs, *call_of)
+    assert "random" in read_json(out / "comparison.json")["methods"]
+    write_json(out / "comparison.json", [])
+    assert call("compare", *runs, *call_of).exit_code == 2
+    (out / "comparison.json").unlink()
+    good("compare", *runs, *call_of)
 
 
 def test_pictures_are_drawn_of_whatever_there_is(recorder, comparison, tmp_path):

@@ -33,16 +33,19 @@ def compare(runs: tuple[Path, ...], out: Path, baseline: str | None, as_json: bo
     if as_json:
         print(json.dumps(to_json(found)))
         return
-    methods = Table(title=f"test split, target {found.target_ms:g} ms")
+    predicted = ", predicted by the benchmark" if found.is_predicted else ""
+    methods = Table(title=f"test split{predicted}, target {found.target_ms:g} ms")
     for label in ["", *(method.label for method in found.methods)]:
         methods.add_column(label, justify="right" if label else "left")
     for row in result_rows(found):
         methods.add_row(*row)
-    differences = Table()
-    for label in DIFFERENCE_HEAD:
-        differences.add_column(label)
-    for row in difference_rows(found):
-        differences.add_row(*row)
-    console().print(methods, differences)
+    console().print(methods)
+    if found.differences:
+        differences = Table()
+        for label in DIFFERENCE_HEAD:
+            differences.add_column(label)
+        for row in difference_rows(found):
+            differences.add_row(*row)
+        console().print(differences)
     print(verdict(found))
     print(f"comparison: {out / 'comparison.html'}")

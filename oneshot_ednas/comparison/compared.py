@@ -1,5 +1,6 @@
 """Runs, grouped, checked and reckoned: everything that the files of a comparison say."""
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,6 +37,20 @@ class Comparison:
     def target_ms(self) -> float:
         """The latency target of all runs."""
         return self.runs[0].config.latency.target_ms
+
+    @property
+    def is_predicted(self) -> bool:
+        """Whether the metrics are predicted by a benchmark: of all runs, or of none."""
+        return self.runs[0].is_predicted
+
+    @property
+    def macs_power(self) -> int:
+        """Tables and pictures count multiply-adds in 10 to this power, a multiple of 3.
+
+        The largest that is not above the mean of the cheapest search.
+        """
+        means = [statistics.fmean(one.search.macs for one in each.found) for each in self.methods]
+        return 3 * math.floor(math.log10(min((m for m in means if m > 0), default=1.0)) / 3)
 
 
 def compared(folders: Sequence[Path], *, baseline: str | None = None) -> Comparison:
@@ -138,7 +153,9 @@ def _made_otherwise(runs: Sequence[RecordedRun]) -> list[str]:
     for name in dict.fromkeys(name for one in made for name in one):
         values = sorted({one.get(name) or "unknown" for one in made})
         if len(values) > 1:
-            effect = "seconds do not compare" if name == "device" else "figures may differ by that"
+            # Seconds that a benchmark predicts do not depend on the device.
+            has_seconds = name == "device" and not runs[0].is_predicted
+            effect = "seconds do not compare" if has_seconds else "figures may differ by that"
             notes.append(f"Runs were made with different {name}: {', '.join(values)}; {effect}.")
     return notes
 

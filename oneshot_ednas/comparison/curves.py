@@ -1,12 +1,12 @@
 """Anytime curves: the best reward so far against what was spent for it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
 import numpy as np
 
-from oneshot_ednas.comparison.methods import Cost, Found
+from oneshot_ednas.comparison.methods import Cost, Found, Method
 from oneshot_ednas.comparison.runs import RecordedRun
 
 
@@ -61,6 +61,20 @@ def supernet_curve(found: Found) -> list[Point]:
 def final_point(found: Found) -> Point:
     """The retrained network on the test split, at the cost of search and retraining."""
     return Point(cost=found.cost, reward=found.reward)
+
+
+def trial_band(
+    method: Method, cost: Callable[[Point], float]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None:
+    """The best trials so far `over_seeds`; None where that is no line, but a point or nothing."""
+    curves = []
+    for found in method.found:
+        points = search_curve(found) if found.run.trials else []
+        if points:
+            rewards = np.array([point.reward for point in points])
+            curves.append((np.array(list(map(cost, points))), rewards))
+    band = over_seeds(curves) if curves else None
+    return band if band is not None and len(band[0]) > 1 else None
 
 
 def over_seeds(

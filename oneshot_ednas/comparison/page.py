@@ -1,12 +1,12 @@
 """What a comparison writes: JSON, Markdown, pictures, and one HTML page that needs nothing else."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from oneshot_ednas.comparison.bootstrap import LEVEL, NUM_DRAWS
 from oneshot_ednas.comparison.compared import Comparison, compared
-from oneshot_ednas.comparison.curves import final_point, search_curve
+from oneshot_ednas.comparison.curves import final_point, search_curve, trial_band
 from oneshot_ednas.comparison.methods import Found, Method, spread
 from oneshot_ednas.comparison.plots import anytime_plots, look_of, pareto_plots, reward_plots
 from oneshot_ednas.comparison.tables import (
@@ -30,13 +30,22 @@ from oneshot_ednas.report.markup import (
     tag,
 )
 from oneshot_ednas.reward import Deltas
+from oneshot_ednas.schema import read_json
 from oneshot_ednas.store import write_bytes, write_json, write_text
 
-HOW_RESULTS = (
-    "Mean ± standard deviation over seeds of what each method's network, trained from scratch, "
-    "scores on the test split. Multiply-adds are those of training, three times those of the "
-    "forward pass; the time of a search is summed over its workers."
-)
+HOW_RESULTS = {
+    False: (
+        "Mean ± standard deviation over seeds of what each method's network, trained from "
+        "scratch, scores on the test split. Multiply-adds are those of training, three times those "
+        "of the forward pass; the time of a search is summed over its workers."
+    ),
+    True: (
+        "Nothing was trained. Mean ± standard deviation over seeds of what each method's network "
+        "scores on the test split as predicted by the benchmark. Multiply-adds, three times those "
+        "of the forward pass, and time are what the trainings of the search would have taken."
+    ),
+}
+"""By whether the metrics are predicted by a benchmark."""
 HOW_GAINS = (
     "In percent; positive is better. Per metric (EDNAS eq. 9-10), mean over metrics (eq. 11) and "
     "over tasks (eq. 12), each run against the mean of the baseline, ± standard deviation over "
@@ -47,17 +56,35 @@ HOW_DIFFERENCES = (
     f"widened by Student's t for few seeds. Only where the interval leaves out 0 is a method "
     f"called better. With many pairs some interval leaves out 0 by chance."
 )
-HOW_ANYTIME = (
+HOW_LINES = (
     "Lines: the best reward so far inside the target, on the validation split, mean over seeds "
-    "with the range as a band; trials are short trainings. Dotted: a one-shot search's most "
-    "probable architecture inside the target, scored with supernet weights; its time is taken as "
-    "its share of the multiply-adds. Marks: the network of each run, retrained, on the test split, "
-    "at the cost of search and retraining."
+    "with the range as a band; trials are"
 )
-HOW_PARETO = (
-    "Left: what the searches saw; a black rim marks what they picked. Right: what came of the "
-    "picks. The splits and the lengths of training differ between the two."
+KIND_OF_TRIALS = {False: "short trainings.", True: "predicted by the benchmark."}
+HOW_DOTTED = (
+    "Dotted: a one-shot search's most probable architecture inside the target, scored with "
+    "supernet weights; its time is taken as its share of the multiply-adds."
 )
+HOW_MARKS = {
+    False: (
+        "Marks: the network of each run, retrained, on the test split, at the cost of search and "
+        "retraining."
+    ),
+    True: (
+        "Marks: the network of each run on the test split, predicted by the benchmark, at what the "
+        "search would have taken."
+    ),
+}
+HOW_PARETO = {
+    False: (
+        "Left: what the searches saw; a black rim marks what they picked. Right: what came of the "
+        "picks. The splits and the lengths of training differ between the two."
+    ),
+    True: (
+        "Left: the trials of the searches on the validation split; a black rim marks what they "
+        "picked. Right: the picks on the test split. All metrics are predicted by the benchmark."
+    ),
+}
 
 
 def compare_runs(folders: Sequence[Path], out: Path, *, baseline: str | None = None) -> Comparison:
@@ -71,17 +98,18 @@ def compare_runs(folders: Sequence[Path], out: Path, *, baseline: str | None = N
 
     Raises:
         FileNotFoundError: if a folder holds no run.
-        ValueError: if the runs cannot be compared, a file is damaged, no run is finished, or no
-            run has the baseline; nothing is written then.
+        ValueError: if the runs cannot be compared, a file is damaged, no run is finished, no run
+            has the baseline, or the folder holds a run or a comparison of other runs; nothing is
+            written then.
     """
     found = compared(folders, baseline=baseline)
-    if (out / "config.yaml").exists():
-        raise ValueError(f"{out} holds a run; choose another --out")
+    _check_out(out, found)
     look = look_of(found.methods)
+    methods, kind = found.methods, {"is_predicted": found.is_predicted}
     pictures = {
-        "rewards": reward_plots(found.methods, found.differences, look),
-        "anytime": anytime_plots(found.methods, look),
-        "pareto": pareto_plots(found.methods, look, found.target_ms),
+        "rewards": reward_plots(methods, found.differences, look, **kind),
+        "anytime": anytime_plots(methods, look, macs_power=found.macs_power, **kind),
+        "pareto": pareto_plots(methods, look, found.target_ms, **kind),
     }
     for name, png in pictures.items():
         write_bytes(out / f"{name}.png", png)
@@ -91,6 +119,33 @@ def compare_runs(folders: Sequence[Path], out: Path, *, baseline: str | None = N
     return found
 
 
+def _check_out(out: Path, found: Comparison) -> None:
+    """Refuse a folder whose files are not an earlier comparison of the same runs."""
+    if (out / "config.yaml").exists():
+        raise ValueError(f"{out} holds a run; choose another --out")
+    path = out / "comparison.json"
+    if not path.exists():
+        return
+    written = read_json(path)
+    rows = written.get("runs", []) if isinstance(written, dict) else []
+    differing = _identities(rows) ^ _identities(_runs_json(found))
+    if differing:
+        folder, method, seed = min(differing, key=str)
+        raise ValueError(
+            f"--out {out}: expected an empty folder or one with a comparison of the same runs, got "
+            f"a comparison of other runs: only one of both has {folder} ({method}, seed {seed}); "
+            f"choose another --out"
+        )
+
+
+def _identities(rows: Iterable[Mapping[str, Any]]) -> set[tuple[str, Any, Any]]:
+    """What tells runs apart; whether they are finished may change."""
+    return {
+        (str(Path(row.get("folder", "")).resolve()), row.get("method"), row.get("seed"))
+        for row in rows
+    }
+
+
 # JSON ---------------------------------------------------------------------------------------
 
 
@@ -98,15 +153,8 @@ def to_json(found: Comparison) -> dict[str, Any]:
     """The content of `comparison.json`."""
     return {
         "target_ms": found.target_ms,
-        "runs": [
-            {
-                "folder": str(run.folder),
-                "method": run.method,
-                "seed": run.seed,
-                "is_finished": run.results is not None,
-            }
-            for run in found.runs
-        ],
+        "is_predicted": found.is_predicted,
+        "runs": _runs_json(found),
         "methods": {method.name: _method_json(method) for method in found.methods},
         "missing": {
             method.name: {str(seed): why for seed, why in method.missing.items()}
@@ -128,6 +176,18 @@ def to_json(found: Comparison) -> dict[str, Any]:
         ],
         "notes": list(found.notes),
     }
+
+
+def _runs_json(found: Comparison) -> list[dict[str, Any]]:
+    return [
+        {
+            "folder": str(run.folder),
+            "method": run.method,
+            "seed": run.seed,
+            "is_finished": run.results is not None,
+        }
+        for run in found.runs
+    ]
 
 
 def _method_json(method: Method) -> dict[str, Any]:
@@ -192,17 +252,33 @@ def to_markdown(found: Comparison) -> str:
     labels = [method.label for method in found.methods]
     parts = ["# Comparison", verdict(found)]
     parts += ["\n".join(f"- {note}" for note in found.notes)] if found.notes else []
-    parts += ["## Results", markdown_table(["", *labels], result_rows(found)), HOW_RESULTS]
-    parts += ["## Differences", markdown_table(DIFFERENCE_HEAD, difference_rows(found))]
-    parts += [HOW_DIFFERENCES, "![Rewards and differences](rewards.png)"]
+    parts += ["## Results", markdown_table(["", *labels], result_rows(found))]
+    parts.append(HOW_RESULTS[found.is_predicted])
+    if found.differences:
+        parts += ["## Differences", markdown_table(DIFFERENCE_HEAD, difference_rows(found))]
+        parts += [HOW_DIFFERENCES, "![Rewards and differences](rewards.png)"]
+    else:
+        parts += ["## Rewards", "![Rewards](rewards.png)"]
     if found.gains:
         assert found.baseline is not None
         parts.append(f"## Gain over {found.baseline.label}")
         parts += [markdown_table(["", *labels], gain_rows(found)), HOW_GAINS]
-    parts += ["## Anytime", "![Reward against cost](anytime.png)", HOW_ANYTIME]
-    parts += ["## Accuracy and latency", "![Accuracy against latency](pareto.png)", HOW_PARETO]
+    parts += ["## Anytime", "![Reward against cost](anytime.png)", _how_anytime(found)]
+    parts += ["## Accuracy and latency", "![Accuracy against latency](pareto.png)"]
+    parts.append(HOW_PARETO[found.is_predicted])
     parts += ["## Runs", markdown_table(RUN_HEAD, run_rows(found))]
     return "\n\n".join(parts) + "\n"
+
+
+def _how_anytime(found: Comparison) -> str:
+    """What the lines and marks are, of those that there are."""
+    parts = []
+    if any(trial_band(method, lambda point: point.cost.macs) for method in found.methods):
+        parts += [HOW_LINES, KIND_OF_TRIALS[found.is_predicted]]
+    every = [one for method in found.methods for one in method.found if not one.run.trials]
+    if any(search_curve(one) for one in every):
+        parts.append(HOW_DOTTED)
+    return " ".join([*parts, HOW_MARKS[found.is_predicted]])
 
 
 # HTML ---------------------------------------------------------------------------------------
@@ -220,22 +296,21 @@ def to_html(found: Comparison, pictures: dict[str, bytes]) -> str:
     def section(head: Sequence[str], rows: Iterable[Row], how: str) -> Html:
         return join([table(head, rows, "numbers"), tag("p", how, class_="note")])
 
-    differences = section(DIFFERENCE_HEAD, difference_rows(found), HOW_DIFFERENCES)
-    sections = {
-        "results": ("Results", section(["", *labels], result_rows(found), HOW_RESULTS)),
-        "differences": (
-            "Differences",
-            join(
-                [figure(pictures["rewards"], "Every run, and every pair of methods."), differences]
-            ),
-        ),
-    }
+    how_results = HOW_RESULTS[found.is_predicted]
+    sections = {"results": ("Results", section(["", *labels], result_rows(found), how_results))}
+    if found.differences:
+        rewards = figure(pictures["rewards"], "Every run, and every pair of methods.")
+        differences = section(DIFFERENCE_HEAD, difference_rows(found), HOW_DIFFERENCES)
+        sections["differences"] = ("Differences", join([rewards, differences]))
+    else:
+        sections["rewards"] = ("Rewards", figure(pictures["rewards"], "Every run."))
     if found.gains:
         assert found.baseline is not None
         gains = section(["", *labels], gain_rows(found), HOW_GAINS)
         sections["gains"] = (f"Gain over {found.baseline.label}, percent", gains)
-    sections["anytime"] = ("Reward against cost", figure(pictures["anytime"], HOW_ANYTIME))
-    sections["pareto"] = ("Accuracy and latency", figure(pictures["pareto"], HOW_PARETO))
+    sections["anytime"] = ("Reward against cost", figure(pictures["anytime"], _how_anytime(found)))
+    how_pareto = HOW_PARETO[found.is_predicted]
+    sections["pareto"] = ("Accuracy and latency", figure(pictures["pareto"], how_pareto))
     sections["runs"] = ("Runs", table(RUN_HEAD, run_rows(found), "plain"))
     return document("oneshot-ednas: comparison", _headline(found), sections)
 
@@ -246,9 +321,11 @@ def _headline(found: Comparison) -> Html:
         tag("div", tag("b", number(method.reward)), tag("span", method.label), class_="tile")
         for method in found.methods
     ]
+    predicted = ", predicted by the benchmark" if found.is_predicted else ""
     setup = (
         f"{config.data.source} {config.data.height}x{config.data.width} · target "
-        f"{found.target_ms:.4g} ms · {len(found.runs)} runs · mean reward on the test split:"
+        f"{found.target_ms:.4g} ms · {len(found.runs)} runs · mean reward on the test split"
+        f"{predicted}:"
     )
     parts = [
         tag("div", f"oneshot-ednas · {', '.join(found.tasks)}", class_="eyebrow"),

@@ -8,10 +8,10 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogFormatter, MaxNLocator
 
 from oneshot_ednas.comparison.bootstrap import Difference
-from oneshot_ednas.comparison.curves import Point, final_point, over_seeds, search_curve
+from oneshot_ednas.comparison.curves import Point, final_point, search_curve, trial_band
 from oneshot_ednas.comparison.methods import Found, Method
 from oneshot_ednas.report.plots import CYCLE, GREY, STYLE, draw_panels, to_png
 
@@ -23,7 +23,11 @@ WIDE_INCHES = (5.6, 3.9)
 Look = dict[str, tuple[str, str]]
 """Colour and marker of each method, by name; the same in all pictures."""
 Kinds = dict[str, dict[str, Any]]
-"""What kinds of lines and marks there are, each with the style of its sample in the legend."""
+"""What kinds of lines and marks there are, each with the style of its sample in the legend.
+
+Lines bear their kind as `gid`, so that a legend lists no kind that is not drawn.
+"""
+TRIALS, TRIAL, SUPERNET = "best trial so far", "trial", "with supernet weights"
 
 
 def look_of(methods: Sequence[Method]) -> Look:
@@ -34,19 +38,25 @@ def look_of(methods: Sequence[Method]) -> Look:
     }
 
 
-def anytime_plots(methods: Sequence[Method], look: Look) -> bytes:
-    """Best reward so far against multiply-adds and against seconds."""
+def anytime_plots(
+    methods: Sequence[Method], look: Look, *, macs_power: int, is_predicted: bool
+) -> bytes:
+    """Best reward so far against multiply-adds, in 10 to this power, and against seconds."""
+    final = _final(is_predicted)
 
     def macs(point: Point) -> float:
-        return point.cost.macs / 1e15
+        return point.cost.macs / 10**macs_power
 
     def seconds(point: Point) -> float:
         return point.cost.seconds
 
     def draw(axes: Axes, cost: Callable[[Point], float]) -> None:
         for method in methods:
-            _anytime(axes, method, *look[method.name], cost)
+            _anytime(axes, method, *look[method.name], cost, final)
         axes.set_xscale("log")
+        # 0.1, 1, 10: no powers beside that of the unit.
+        axes.xaxis.set_major_formatter(LogFormatter())
+        axes.xaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
         axes.margins(x=0.05, y=0.08)
         axes.set_ylabel("reward")
 
@@ -58,38 +68,50 @@ def anytime_plots(methods: Sequence[Method], look: Look) -> bytes:
         columns=2,
         inches=WIDE_INCHES,
     )
-    grid[0].set_xlabel("multiply-adds, $10^{15}$")
-    grid[1].set_xlabel("seconds, summed over workers")
+    would = ", as it would have taken" if is_predicted else ""
+    grid[0].set_xlabel(f"$10^{{{macs_power}}}$ multiply-adds{would}")
+    grid[1].set_xlabel(f"seconds{would or ', summed over workers'}")
     kinds: Kinds = {
-        "best trial so far": {"color": GREY},
-        "with supernet weights": {"color": GREY, "linestyle": ":", "marker": ".", "markersize": 7},
-        "retrained, test split": {"color": GREY, "linestyle": "", "marker": "s", "markersize": 7},
+        TRIALS: {"color": GREY},
+        SUPERNET: {"color": GREY, "linestyle": ":", "marker": ".", "markersize": 7},
+        final: {"color": GREY, "linestyle": "", "marker": "s", "markersize": 7},
     }
     return _with_legend(figure, methods, look, kinds)
 
 
+def _final(is_predicted: bool) -> str:
+    """How legends name the networks that were found."""
+    return "pick, test split, predicted" if is_predicted else "retrained, test split"
+
+
 def _anytime(
-    axes: Axes, method: Method, colour: str, marker: str, cost: Callable[[Point], float]
+    axes: Axes,
+    method: Method,
+    colour: str,
+    marker: str,
+    cost: Callable[[Point], float],
+    final: str,
 ) -> None:
-    curves, finals = [], []
     for found in method.found:
         points = search_curve(found)
-        if points and found.run.trials:
-            curves.append((np.array(list(map(cost, points))), _rewards(points)))
-        elif points:
+        if points and not found.run.trials:
             line = [*map(cost, points)], _rewards(points)
-            axes.plot(*line, ".:", color=colour, markersize=7, linewidth=1.2, alpha=0.8)
-        finals.append(final_point(found))
-    if curves:
-        grid, mean, low, high = over_seeds(curves)
+            dotted: dict[str, Any] = {"markersize": 7, "linewidth": 1.2, "alpha": 0.8}
+            axes.plot(*line, ".:", color=colour, gid=SUPERNET, **dotted)
+    band = trial_band(method, cost)
+    if band is not None:
+        grid, mean, low, high = band
         axes.fill_between(grid, low, high, step="post", color=colour, alpha=0.15, linewidth=0)
-        axes.step(grid, mean, where="post", color=colour)
+        axes.step(grid, mean, where="post", color=colour, gid=TRIALS)
+    finals = [final_point(found) for found in method.found]
     where = [*map(cost, finals)], _rewards(finals)
     size = SIZES.get(marker, 8.0)
-    axes.plot(*where, marker, color=colour, markersize=size, **RIM, zorder=3)
+    axes.plot(*where, marker, color=colour, markersize=size, **RIM, zorder=3, gid=final)
 
 
-def pareto_plots(methods: Sequence[Method], look: Look, target_ms: float) -> bytes:
+def pareto_plots(
+    methods: Sequence[Method], look: Look, target_ms: float, *, is_predicted: bool
+) -> bytes:
     """Accuracy product against latency: what the searches saw, and what came of their picks."""
 
     def seen(axes: Axes) -> None:
@@ -99,7 +121,7 @@ def pareto_plots(methods: Sequence[Method], look: Look, target_ms: float) -> byt
                 _seen(axes, found, colour, marker)
         finish(axes)
 
-    def retrained(axes: Axes) -> None:
+    def picks(axes: Axes) -> None:
         for method in methods:
             colour, marker = look[method.name]
             latencies = [found.latency_ms for found in method.found]
@@ -108,8 +130,10 @@ def pareto_plots(methods: Sequence[Method], look: Look, target_ms: float) -> byt
             axes.plot(latencies, values, marker, **RIM, **style)
         finish(axes)
 
+    target = f"target, {target_ms:.4g} ms"
+
     def finish(axes: Axes) -> None:
-        axes.axvline(target_ms, color=GREY, linestyle="--", linewidth=1.2, zorder=0)
+        axes.axvline(target_ms, color=GREY, linestyle="--", linewidth=1.2, zorder=0, gid=target)
         axes.set_xlabel("latency, ms")
         axes.set_ylabel("accuracy product")
         axes.margins(0.06)
@@ -117,21 +141,21 @@ def pareto_plots(methods: Sequence[Method], look: Look, target_ms: float) -> byt
     figure, _ = draw_panels(
         {
             "What the searches saw, validation split": seen,
-            "Picks, retrained, test split": retrained,
+            f"Picks, {'predicted' if is_predicted else 'retrained'}, test split": picks,
         },
         columns=2,
         inches=WIDE_INCHES,
     )
     kinds: Kinds = {
-        "trial": {"color": GREY, "linestyle": "", "marker": ".", "markersize": 6},
-        "with supernet weights": {
+        TRIAL: {"color": GREY, "linestyle": "", "marker": ".", "markersize": 6},
+        SUPERNET: {
             "color": GREY,
             "linestyle": "",
             "marker": "o",
             "markerfacecolor": "none",
             "markersize": 4,
         },
-        f"target, {target_ms:.4g} ms": {"color": GREY, "linestyle": "--"},
+        target: {"color": GREY, "linestyle": "--"},
     }
     return _with_legend(figure, methods, look, kinds)
 
@@ -145,9 +169,11 @@ def _seen(axes: Axes, found: Found, colour: str, marker: str) -> None:
         if trial.accuracy is not None:
             dots.append((str(trial.architecture), trial.latency_ms, trial.accuracy))
     style: dict[str, Any] = {"marker": ".", "markersize": 5, "alpha": 0.35, "markeredgewidth": 0}
+    style["gid"] = TRIAL
     if not run.trials:
         dots = [("", one["latency_ms"], one["accuracy"]) for one in run.candidates]
         style = {"marker": "o", "markersize": 4, "markerfacecolor": "none", "alpha": 0.7}
+        style["gid"] = SUPERNET
     axes.plot([x for _, x, _ in dots], [y for _, _, y in dots], linestyle="", color=colour, **style)
     # Candidates are ranked; a trial is known by its architecture.
     picked = [dot for dot in dots if dot[0] == found.figures["architecture"] or not run.trials]
@@ -156,8 +182,14 @@ def _seen(axes: Axes, found: Found, colour: str, marker: str) -> None:
         axes.plot(x, y, marker, color=colour, markersize=size, markeredgecolor="black", zorder=4)
 
 
-def reward_plots(methods: Sequence[Method], differences: Sequence[Difference], look: Look) -> bytes:
-    """The reward of every run, and the interval of every difference."""
+def reward_plots(
+    methods: Sequence[Method],
+    differences: Sequence[Difference],
+    look: Look,
+    *,
+    is_predicted: bool,
+) -> bytes:
+    """The reward of every run, and the interval of every difference, if there is one."""
     labels = {method.name: method.label for method in methods}
 
     def rewards(axes: Axes) -> None:
@@ -183,10 +215,14 @@ def reward_plots(methods: Sequence[Method], differences: Sequence[Difference], l
         axes.xaxis.set_major_locator(MaxNLocator(5))
 
     rows = max(len(methods), len(differences))
+    kind = "Predicted reward of the picks" if is_predicted else "Reward of retrained networks"
+    panels = {f"{kind}, test split": rewards}
+    if differences:
+        panels["Differences"] = intervals
     figure, _ = draw_panels(
-        {"Reward of retrained networks, test split": rewards, "Differences": intervals},
-        columns=2,
-        inches=(WIDE_INCHES[0], max(2.4, 1.0 + 0.27 * rows)),
+        panels,
+        columns=len(panels),
+        inches=(2 * WIDE_INCHES[0] / len(panels), max(2.4, 1.0 + 0.27 * rows)),
     )
     return to_png(figure)
 
@@ -199,7 +235,9 @@ def _name_rows(axes: Axes, names: Sequence[str]) -> None:
 
 
 def _with_legend(figure: Figure, methods: Sequence[Method], look: Look, kinds: Kinds) -> bytes:
-    """Methods in colour, and below them the kinds of lines and marks in grey."""
+    """Methods in colour, and below them the kinds of lines and marks that are drawn, in grey."""
+    lines = [line for axes in figure.axes for line in axes.lines]
+    drawn = {line.get_gid() for line in lines if np.size(line.get_xdata())}
     with rc_context(STYLE):
         handles = []
         for method in methods:
@@ -208,7 +246,9 @@ def _with_legend(figure: Figure, methods: Sequence[Method], look: Look, kinds: K
             handles.append(
                 Line2D([], [], ls="", color=colour, marker=marker, ms=size, label=method.label)
             )
-        handles += [Line2D([], [], label=label, **style) for label, style in kinds.items()]
+        handles += [
+            Line2D([], [], label=label, **style) for label, style in kinds.items() if label in drawn
+        ]
         figure.legend(handles=handles, loc="outside lower center", ncols=4)
         return to_png(figure)
 

@@ -49,6 +49,11 @@ class RecordedRun:
         """The seed of everything in it; retraining adds further ones."""
         return self.config.seed
 
+    @property
+    def is_predicted(self) -> bool:
+        """Whether its metrics are those that a benchmark predicts: nothing was trained."""
+        return "data.json.benchmark" in self.setup
+
     @cached_property
     def search_settings(self) -> Settings:
         """The settings that belong to its method alone."""
@@ -105,6 +110,13 @@ def check_comparable(runs: Sequence[RecordedRun]) -> None:
         ValueError: naming the first run that differs from the first one, and in which keys.
     """
     for run in runs[1:]:
+        if run.is_predicted != runs[0].is_predicted:
+            predicted, trained = (run, runs[0]) if run.is_predicted else (runs[0], run)
+            raise ValueError(
+                f"{run.folder} cannot be compared with {runs[0].folder}: the metrics of "
+                f"{predicted.folder} are predicted by a benchmark, the networks of "
+                f"{trained.folder} are trained; compare runs of one kind"
+            )
         found = differing(runs[0].setup, run.setup)
         if found:
             shown = "; ".join(_difference(key, runs[0].setup, run.setup) for key in found)

@@ -19,9 +19,10 @@ def result_rows(found: Comparison) -> list[Row]:
     def over(value: Callable[[Found], float], form: Callable[[float], str] = number) -> Row:
         return [_spread_text((value(one) for one in method.found), form) for method in methods]
 
-    def pmacs(macs: float) -> str:
-        return number(macs / 1e15) if macs else "0"
+    def macs_text(macs: float) -> str:
+        return number(macs / 10**found.macs_power) if macs else "0"
 
+    macs = f"10^{found.macs_power} multiply-adds"
     rows = [
         ["Seeds", *(_seeds_text(method) for method in methods)],
         ["Reward ↑", *over(lambda one: one.reward)],
@@ -45,11 +46,16 @@ def result_rows(found: Comparison) -> list[Row]:
                 for method in methods
             ]
             rows.append([f"{metric_label(name, metric)} {arrow}", *values])
+    search = "Search would have taken" if found.is_predicted else "Search"
+    rows += [
+        [f"{search}, {macs}", *over(lambda one: one.search.macs, macs_text)],
+        [f"{search}, time", *over(lambda one: one.search.seconds, duration)],
+    ]
+    if found.is_predicted:  # picks are not retrained
+        return rows
     return [
         *rows,
-        ["Search, 10^15 multiply-adds", *over(lambda one: one.search.macs, pmacs)],
-        ["Search, time", *over(lambda one: one.search.seconds, duration)],
-        ["With retraining, 10^15 multiply-adds", *over(lambda one: one.cost.macs, pmacs)],
+        [f"With retraining, {macs}", *over(lambda one: one.cost.macs, macs_text)],
         ["With retraining, time", *over(lambda one: one.cost.seconds, duration)],
     ]
 
@@ -138,7 +144,8 @@ def verdict(found: Comparison) -> str:
         for one in pairs
         if one.winner == best.name
     ]
-    start = f"Highest mean reward: {best.label}, {number(best.reward)}"
+    reward = "reward predicted by the benchmark" if found.is_predicted else "reward"
+    start = f"Highest mean {reward}: {best.label}, {number(best.reward)}"
     if len(beaten) == len(pairs):
         return f"{start}; shown to be better than {_and(beaten)}."
     others = [

@@ -108,8 +108,8 @@ def keep_pick(problem: Problem, trials: Iterable[Trial]) -> Trial:
     chosen = picks.chosen
     write_text(problem.files.architecture, chosen.architecture.to_text())
     note(
-        f"{problem.config.method}: {chosen.latency_ms:.4g} ms of {problem.target_ms:g} ms, reward "
-        f"{chosen.reward:.4f}, trial {chosen.number}"
+        f"{problem.config.method}: {chosen.latency_ms:.4g} ms of {problem.target_ms:g} ms, "
+        f"validation reward {chosen.reward:.4f}, trial {chosen.number}"
     )
     if picks.best_inside_target is None:
         note(
@@ -349,7 +349,10 @@ class MultiTrialSearch:
         if trial.reward is not None:
             values |= {"reward": trial.reward, "best_reward": self._best or 0.0}
         log.scalars(self._num_ended - 1, values)
-        log.advance(self._num_ended, f"reward {trial.reward or 0:.4f}  best {self._best or 0:.4f}")
+        log.advance(
+            self._num_ended,
+            f"validation reward {trial.reward or 0:.4f}  best {self._best or 0:.4f}",
+        )
 
     def _tell(self, trial: Trial) -> None:
         if trial.reward is not None:
