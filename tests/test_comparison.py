@@ -746,13 +746,15 @@ def test_a_comparison_of_other_runs_is_not_overwritten(recorder, tmp_path):
         found = call("compare", *others, *call_of)
         assert found.exit_code == 2
         (line,) = found.stderr.strip().splitlines()
-        assert "expected an empty folder or one with a comparison of the same runs" in line
+        assert "expected an empty folder or a comparison of these runs or some of them" in line
         assert {path: path.read_bytes() for path in out.iterdir()} == before
     # The same runs in another order, one of them finished now.
     shutil.rmtree(unfinished)
     recorder.write(unfinished, "random")
     good("compare", str(unfinished), *runs, *call_of)
     assert "random" in read_json(out / "comparison.json")["methods"]
+    # One more seed.
+    good("compare", str(unfinished), *runs, str(recorder.write(tmp_path / "3", seed=5)), *call_of)
     write_json(out / "comparison.json", [])
     assert call("compare", *runs, *call_of).exit_code == 2
     (out / "comparison.json").unlink()

@@ -262,8 +262,6 @@ def test_a_label_map_has_a_class_for_each_stored_label(tmp_path):
     labels = {**LABELS, "label_maps": {"plant": {"classes": ["soil", "plant"], "map": [0, 1]}}}
     write_dataset(tmp_path)
     (tmp_path / "dataset.yaml").write_text(yaml.safe_dump(layout(targets={"labels": labels})))
-    message = (
-        r"dataset\.yaml:\d+: .*label_maps\.plant: expected a class for each of 3 stored"
-    )
+    message = r"dataset\.yaml:\d+: .*label_maps\.plant: expected a class for each of 3 stored"
     with pytest.raises(ValueError, match=message):
         open_manifest(tmp_path)

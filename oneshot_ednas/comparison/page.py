@@ -120,7 +120,7 @@ def compare_runs(folders: Sequence[Path], out: Path, *, baseline: str | None = N
 
 
 def _check_out(out: Path, found: Comparison) -> None:
-    """Refuse a folder whose files are not an earlier comparison of the same runs."""
+    """Refuse a folder whose files are not an earlier comparison of these runs or some of them."""
     if (out / "config.yaml").exists():
         raise ValueError(f"{out} holds a run; choose another --out")
     path = out / "comparison.json"
@@ -128,13 +128,12 @@ def _check_out(out: Path, found: Comparison) -> None:
         return
     written = read_json(path)
     rows = written.get("runs", []) if isinstance(written, dict) else []
-    differing = _identities(rows) ^ _identities(_runs_json(found))
-    if differing:
-        folder, method, seed = min(differing, key=str)
+    missing = _identities(rows) - _identities(_runs_json(found))
+    if missing or not rows:
+        name = "{} ({}, seed {})".format(*min(missing, key=str)) if missing else "something else"
         raise ValueError(
-            f"--out {out}: expected an empty folder or one with a comparison of the same runs, got "
-            f"a comparison of other runs: only one of both has {folder} ({method}, seed {seed}); "
-            f"choose another --out"
+            f"--out {out}: expected an empty folder or a comparison of these runs or some of them, "
+            f"got one of {name}; choose another --out"
         )
 
 
