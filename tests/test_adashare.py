@@ -267,12 +267,13 @@ def test_class_weights_are_those_of_the_file(tmp_path):
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        (np.ones(18), r"got float64 of shape \(18,\)"),
+        (np.ones(18), "got 18$"),
         (np.ones((17, 1)), r"got float64 of shape \(17, 1\)"),
         (np.array(["a"] * 17), r"got <U1 of shape \(17,\)"),
+        (np.zeros(17, dtype=bool), r"got bool of shape \(17,\)"),
         (np.zeros(17), "got 0..0"),
         (np.full(17, np.nan), "got nan..nan"),
-        (np.array([None] * 17), "cannot be read"),
+        (np.array([None] * 17), r"cannot be read \(.* got object of shape \(17,\)"),
     ],
 )
 def test_faulty_class_weights_are_refused(tmp_path, weights, message):
@@ -281,6 +282,25 @@ def test_faulty_class_weights_are_refused(tmp_path, weights, message):
         class_weights(tmp_path)
     assert "expected 17 positive numbers, one per class" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_class_weights_of_a_lying_header_are_refused(tmp_path):
+    header = f"{{'descr': '<f8', 'fortran_order': False, 'shape': ({2**55},), }}\n".encode()
+    content = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
+    (tmp_path / "semseg_prior_factor.npy").write_bytes(content)
+    with pytest.raises(ValueError, match=r"^semseg_prior_factor\.npy cannot be read \(") as caught:
+        class_weights(tmp_path)
+    assert "more than the 100000000 that are read); expected 17 positive" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_class_weights_that_a_link_takes_from_elsewhere_are_refused(tmp_path):
+    folder = fixtures.write_taskonomy(tmp_path / "data")
+    path = folder / "semseg_prior_factor.npy"
+    path.rename(tmp_path / "outside.npy")
+    path.symlink_to(tmp_path / "outside.npy")
+    with pytest.raises(ValueError, match=r"^semseg_prior_factor\.npy is a link that leaves the da"):
+        LISTS["adashare_taskonomy"].open(folder)
 
 
 def test_the_notes_of_the_data_set_say_how_to_weigh_its_classes(tmp_path):

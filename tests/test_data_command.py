@@ -1,7 +1,9 @@
 """The commands on data folders, on folders with known pixels."""
 
+import io
 import json
 import os
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from test_cli import call, good, refused
 
 from oneshot_ednas.data.check import check_data, shared_frames
 from oneshot_ednas.data.layouts import open_data
+from oneshot_ednas.data.packed import folder_split
 from oneshot_ednas.data.parallel import chunks, run_chunks
 from oneshot_ednas.data.sources import Intrinsics
 from oneshot_ednas.data.statistics import (
@@ -29,6 +32,7 @@ from oneshot_ednas.data.statistics import (
 from oneshot_ednas.data.targets import TARGET_KINDS
 from oneshot_ednas.report.data_sheet import choose_frames, data_sheet
 from oneshot_ednas.schema import read_json
+from oneshot_ednas.tasks import pictures
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 NYU = REPOSITORY / os.environ.get("ONESHOT_EDNAS_SHARED_DATA", "../shared/data") / "nyuv2_256x192"
@@ -272,6 +276,32 @@ def test_wrong_units_axes_and_empty_targets_are_warned_of(tmp_path):
     assert "nothing valid" in good("data", "check", folder).stdout
 
 
+@pytest.mark.parametrize(
+    ("metres", "one", "message"),
+    [
+        (20, 80, None),
+        (20, 1000, None),
+        (20, 1001, "invalid values taken for depths? Correct them, or set max_metres"),
+        (101, 101, "millimetres read as metres?"),
+        (0.02, 0.02, "not in metres?"),
+    ],
+)
+def test_the_check_and_a_run_warn_of_the_same_depths(tmp_path, metres, one, message):
+    depth = MANIFEST["targets"]["depth"] | {"suffix": ".npy", "scale": 1}
+    folder = write_folder(tmp_path / "data", {"train": ["a"]}, targets={"depth": depth})
+    stored = np.full((HEIGHT, WIDTH), metres, np.float32)
+    stored[0, 0] = one
+    np.save(folder / "depth/a.npy", stored)
+    found = figures("data", "check", folder)["warnings"]
+    assert len(found) == (message is not None)
+    assert all(message in line for line in found)
+    with warnings.catch_warnings(record=True, action="always") as caught:
+        folder_split(
+            open_data(folder), "train", height=HEIGHT, width=WIDTH, cache_dir=tmp_path / "cache"
+        )
+    assert len(caught) == len(found)
+
+
 def test_the_camera_decides_which_normals_it_can_see():
     # A wall that faces right, seen at the left and at the right end of the image.
     normals = np.zeros((1, 2, 3), np.float16)
@@ -290,7 +320,25 @@ def test_out_holds_the_figures_and_a_sheet_of_all_targets(folder, tmp_path):
         assert sheet.width > 8 * 200  # the image and seven targets
         pixels = np.asarray(sheet.convert("RGB")).reshape(-1, 3)
     colours = {tuple(colour) for colour in np.unique(pixels, axis=0).tolist()}
-    assert {(0, 0, 0), (255, 214, 10), (70, 78, 88)} <= colours  # invalid, edges, no edges
+    assert {(0, 0, 0), (255, 255, 255), (48, 48, 48)} <= colours  # invalid, edges, no edges
+
+
+def test_the_sheet_has_the_colours_of_a_run_s_predictions(folder):
+    data = open_data(folder)
+    frame = data.read_stored("a")
+    sheet = data_sheet(data, [("train", "a")], {})
+    with Image.open(io.BytesIO(sheet)) as image:
+        pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
+    shown = {tuple(colour) for colour in np.unique(pixels, axis=0).tolist()}
+    for name, draw in [
+        ("depth", pictures.depth_picture),
+        ("disparity", pictures.disparity_picture),
+        ("heat", pictures.heatmap_picture),
+        ("edges", pictures.binary_picture),
+        ("normals", pictures.normals_picture),
+    ]:
+        expected = draw(frame[name]).reshape(-1, 3)
+        assert {tuple(colour) for colour in expected.tolist()} <= shown, name
 
 
 def test_frames_of_the_sheet_are_spread_over_splits_and_are_not_broken(tmp_path):
@@ -334,6 +382,11 @@ def test_sums_of_parts_are_sums_of_the_whole(values, cut):
     scale = max(np.abs(values).max(), 1e-30)
     assert np.allclose(parts.moments.mean, values.mean(dtype=np.float64), atol=1e-9 * scale)
     assert np.allclose(parts.moments.std, values.std(dtype=np.float64), atol=1e-6 * scale)
+
+
+def test_quantiles_of_zeros_are_zero():
+    numbers = Numbers.of(np.array([0, 0, -0.0, 0, 1], np.float32))
+    assert (numbers.quantile(0.05), numbers.quantile(0.5), numbers.quantile(1.0)) == (0, 0, 1)
 
 
 @given(numbers, st.floats(0, 1))

@@ -5,16 +5,18 @@ import json
 import pickle
 import struct
 import sys
+import warnings
 import zlib
 
 import numpy as np
 import pytest
+import scipy.io
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
 from oneshot_ednas.data import files
-from oneshot_ednas.data.files import MAX_PIXELS, read_array, read_json, read_matlab
+from oneshot_ednas.data.files import MAX_PIXELS, read_array, read_json, read_matlab, read_vector
 
 VALUES = np.arange(48, dtype=np.uint8).reshape(6, 8)
 
@@ -236,6 +238,180 @@ def test_matlab_files_are_read_or_refused(tmp_path):
         with pytest.raises(ValueError, match=r"^frame 7: a\.mat cannot be read \(") as caught:
             read_matlab(tmp_path, "a.mat", "7")
         assert "\n" not in str(caught.value)
+
+
+def element(kind, content, order="<"):
+    return struct.pack(f"{order}II", kind, len(content)) + content + b"\0" * (-len(content) % 8)
+
+
+def variable(array_class, sides, *content, order="<", name=b"x"):
+    """A MATLAB array of that class, which claims those sides."""
+    parts = [
+        element(6, struct.pack(f"{order}II", array_class, 0), order),
+        element(5, struct.pack(f"{order}{len(sides)}i", *sides), order),
+        element(1, name, order),
+        *content,
+    ]
+    return element(14, b"".join(parts), order)
+
+
+def matlab(*variables, order="<"):
+    version = b"\x00\x01IM" if order == "<" else b"\x01\x00MI"
+    return b"MATLAB 5.0 MAT-file".ljust(124) + version + b"".join(variables)
+
+
+def mask(rows=6, columns=8, order="<", name=b"x"):
+    values = element(2, bytes(rows * columns), order)
+    return variable(9, (rows, columns), values, order=order, name=name)
+
+
+def compressed(content, order="<"):
+    squeezed = zlib.compress(content, 9)
+    return struct.pack(f"{order}II", 15, len(squeezed)) + squeezed
+
+
+NO_FIELDS = (struct.pack("<HHI", 5, 4, 8), element(1, b""))
+
+
+def nested(depth):
+    """Cells in cells."""
+    content = mask()
+    for _ in range(depth):
+        content = variable(1, (1, 1), content)
+    return content
+
+
+def refused_matlab(root, content):
+    (root / "a.mat").write_bytes(content)
+    with pytest.raises(ValueError, match=r"^frame 7: a\.mat cannot be read \(") as caught:
+        read_matlab(root, "a.mat", "7")
+    message = str(caught.value)
+    assert "\n" not in message
+    assert str(root) not in message
+    return message
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("squeeze", [compressed, lambda content, _: content])
+def test_matlab_files_larger_than_any_annotation_are_refused(tmp_path, monkeypatch, order, squeeze):
+    variables = [squeeze(mask(40, 50, order, name), order) for name in (b"x", b"y")]
+    content = matlab(*variables, order=order)
+    (tmp_path / "a.mat").write_bytes(content)
+    monkeypatch.setattr(files, "MATLAB_BYTES", 2 * len(mask(40, 50)) + 128)
+    found = read_matlab(tmp_path, "a.mat", "7")
+    assert (found["x"].shape, found["y"].shape) == ((40, 50), (40, 50))
+    limit = 2 * len(mask(40, 50)) - 1
+    monkeypatch.setattr(files, "MATLAB_BYTES", limit)
+    assert f"more than the {limit} bytes that are read" in refused_matlab(tmp_path, content)
+
+
+def test_a_small_matlab_file_of_a_large_array_takes_no_memory(tmp_path):
+    size = 2 * files.MATLAB_BYTES
+    squeezer = zlib.compressobj(9)
+    head = mask(0, 0)[:-8] + struct.pack("<II", 2, size)
+    squeezed = squeezer.compress(struct.pack("<II", 14, len(head) - 8 + size) + head[8:])
+    squeezed += b"".join(squeezer.compress(bytes(2**20)) for _ in range(size // 2**20))
+    squeezed += squeezer.flush()
+    content = matlab(struct.pack("<II", 15, len(squeezed)) + squeezed)
+    assert len(content) < 10**6
+    assert "more than the 268435456 bytes that are read" in refused_matlab(tmp_path, content)
+
+
+@pytest.mark.parametrize("squeeze", [compressed, bytes])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (variable(2, (10**9, 1), *NO_FIELDS), "more than the 1000000 cells, structures and char"),
+        (variable(1, (2**31 - 1, 2**31 - 1)), "more than the 1000000 cells, structures and char"),
+        (variable(4, (1, 10**9), element(16, b"")), "more than the 1000000 cells, structures and"),
+        (variable(1, (10**6, 1), element(14, b"") * 10**6), "more than the 1000000 cells"),
+        (variable(9, (1, 1), element(2, b"") * 10**6), "more than the 1000000 cells"),
+        (variable(1, (1, -1)), r"an array of shape (1, -1)"),
+        (nested(1001), "more than the 1000 arrays of cells and structures"),
+        # Each cell says that it ends before what it holds, which is read all the same.
+        (variable(1, (1, 1)) * 200_000, "more than the 1000 arrays of cells and structures"),
+        (mask()[:-1], "it ends within a variable"),
+        (variable(9, (1, 1), struct.pack("<II", 2, 100)), "it ends within a variable"),
+    ],
+)
+def test_matlab_files_that_claim_more_than_they_hold_are_refused(
+    tmp_path, squeeze, content, message
+):
+    assert message in refused_matlab(tmp_path, matlab(squeeze(content)))
+
+
+def test_damaged_compression_of_a_matlab_file_is_refused(tmp_path):
+    whole = compressed(mask())
+    cut = struct.pack("<II", 15, len(whole) - 16) + whole[8:-8]
+    assert "it ends within a variable" in refused_matlab(tmp_path, matlab(cut))
+    assert "it ends within a variable" in refused_matlab(tmp_path, matlab(whole[:-4]))
+    flipped = whole[:12] + bytes(255 - value for value in whole[12:])
+    assert "decompressing" in refused_matlab(tmp_path, matlab(flipped))
+
+
+@pytest.mark.parametrize("options", [{}, {"do_compression": True}, {"format": "4"}])
+def test_everything_that_matlab_files_may_hold_is_read(tmp_path, options):
+    stored = {"mask": VALUES, "name": "left foot", "real": np.array([[1.5, -2.0]])}
+    if options.get("format") != "4":
+        parts = np.empty(2, object)
+        parts[:] = [{"mask": VALUES % 2, "name": "leg"}, {"mask": VALUES > 3, "name": "arm"}]
+        stored |= {
+            "anno": {"parts": parts, "none": [], "flag": True},
+            "deep": {"a": {"b": {"c": {"d": 5}}}},
+        }
+    scipy.io.savemat(tmp_path / "a.mat", stored, **options)
+    found = read_matlab(tmp_path, "a.mat", "7")
+    whole = scipy.io.loadmat(tmp_path / "a.mat", squeeze_me=True, struct_as_record=False)
+    assert found.keys() == whole.keys()
+    assert (found["mask"] == VALUES).all()
+    assert (found["name"], found["real"].tolist()) == ("left foot", [1.5, -2])
+    if "anno" in stored:
+        assert [part.name for part in found["anno"].parts] == ["leg", "arm"]
+        assert (found["anno"].parts[1].mask == (VALUES > 3)).all()
+        assert found["deep"].a.b.c.d == 5
+
+
+@given(
+    damage=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=4),
+    keep=st.floats(0.3, 1),
+    squeeze=st.booleans(),
+)
+def test_any_damage_of_a_matlab_file_gives_variables_or_one_line(
+    tmp_path_factory, damage, keep, squeeze
+):
+    buffer = io.BytesIO()
+    scipy.io.savemat(buffer, {"x": VALUES, "y": {"a": "text"}}, do_compression=squeeze)
+    damaged = bytearray(buffer.getvalue())
+    for place, value in damage:
+        damaged[int(place * (len(damaged) - 1))] = value
+    root = tmp_path_factory.getbasetemp()
+    (root / "a.mat").write_bytes(damaged[: int(keep * len(damaged))])
+    line = ""
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            assert isinstance(read_matlab(root, "a.mat", "7"), dict)
+    except ValueError as error:
+        line = str(error)
+    assert not line or line.startswith("frame 7: a.mat cannot be read (")
+    assert "\n" not in line
+
+
+def test_a_list_of_numbers_is_read_from_inside_the_folder_only(tmp_path):
+    (tmp_path / "data").mkdir()
+    for values in (np.arange(5), np.arange(5, dtype=">f4")):
+        (tmp_path / "data/a.npy").write_bytes(npy(values))
+        assert (read_vector(tmp_path / "data", "a.npy") == values).all()
+    (tmp_path / "outside.npy").write_bytes(npy(np.arange(5)))
+    (tmp_path / "data/link.npy").symlink_to("../outside.npy")
+    (tmp_path / "data/map.npy").write_bytes(npy())
+    for relative, message in [
+        ("link.npy", r"^link\.npy is a link that leaves the data folder; copy the file there"),
+        ("../outside.npy", r"^\.\./outside\.npy: expected a path inside the data folder"),
+        ("none.npy", r"^none\.npy cannot be read \(No such file or directory\)$"),
+        ("map.npy", r"^map\.npy cannot be read \(expected a list of numbers, got uint8 of shape"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            read_vector(tmp_path / "data", relative)
 
 
 def test_a_missing_module_names_the_extra(tmp_path, monkeypatch):

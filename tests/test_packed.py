@@ -21,7 +21,7 @@ from oneshot_ednas.data.packed import (
     split_indices,
     streets_split,
 )
-from oneshot_ednas.data.targets import TARGET_KINDS
+from oneshot_ednas.data.targets import TARGET_KINDS, is_in_metres
 
 
 class Frames:
@@ -244,6 +244,14 @@ def test_a_depth_that_is_hardly_in_metres_is_named_in_one_warning(tmp_path, metr
             load_packed(Deep(metres, one), cache_dir=tmp_path)
         assert len(caught) == 1
         assert "\n" not in str(caught[0].message)
+
+
+@given(st.floats(0.05, 100), st.floats(1, 10))
+def test_the_limits_of_metres_are_those_of_the_median_and_the_largest(median, factor):
+    assert is_in_metres(median, median * factor)
+    assert not is_in_metres(median, 1000.1 * factor)
+    assert not is_in_metres(100.1 * factor, 100.1 * factor)
+    assert not is_in_metres(0.0499 / factor, median)
 
 
 def test_depths_of_rooms_and_streets_and_other_quantities_raise_no_warning(tmp_path):

@@ -21,11 +21,9 @@ from oneshot_ednas.data.statistics import (
     inverse_log_weights,
     median_frequency_weights,
 )
-from oneshot_ednas.data.targets import TARGET_KINDS
+from oneshot_ednas.data.targets import PLAUSIBLE_MEDIAN_M, TARGET_KINDS, is_in_metres
 
 CHUNK = 16
-PLAUSIBLE_MEDIAN_M = (0.05, 100.0)
-"""Medians of depths between close-ups and streets, in metres; others tell a wrong unit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -320,11 +318,14 @@ def _implausible(name: str, sums: TargetSums) -> str | None:
     if isinstance(found, Numbers) and sums.kind == "depth":
         low, high = PLAUSIBLE_MEDIAN_M
         median = found.quantile(0.5)
+        if is_in_metres(median, found.maximum):
+            return None
         span = f"{name} is {found.minimum:.4g} to {found.maximum:.4g} m, median {median:.3g} m"
         if median > high:
             return f"{span}: millimetres read as metres? Then set its scale to 0.001"
         if median < low:
             return f"{span}: not in metres? Correct its scale, or make it a disparity"
+        return f"{span}: invalid values taken for depths? Correct them, or set max_metres"
     if isinstance(found, Directions) and found.num_facing < sums.num_valid / 2:
         away = 1 - found.num_facing / sums.num_valid
         return f"{name}: {away:.0%} of the normals point away from the camera; correct its axes"

@@ -1,29 +1,45 @@
 """Arrays from the files of a data folder, which nobody vouches for.
 
 Nothing is ever unpickled, no link is followed out of the folder, and nothing is decoded that is
-larger than any camera's image. Messages name files relative to the data folder.
+larger than any camera's image, or than annotations of one. Messages name files relative to the data
+folder.
 """
 
 import importlib
+import io
 import json
 import math
 import struct
 import tokenize
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import scipy.io
+import scipy.io.matlab
 from PIL import Image, UnidentifiedImageError
 
 from oneshot_ednas.data.sources import check_relative
 
 MAX_PIXELS = 100_000_000
 """Images and maps with more pixels, or more values, than this are refused."""
+
+MATLAB_BYTES = 2**28
+"""MATLAB files of more bytes, decompressed, are refused. It is room for 1000 masks of 512 x 512,
+more than the objects and parts of an annotated photo, and little enough for several processes
+that read at once."""
+
+MATLAB_OBJECTS = 1_000_000
+"""Elements, cells, structures and characters that are read of a MATLAB file. Each may take some
+hundred bytes of memory, and a few bytes of the file may claim any number of them."""
+
+MATLAB_CONTAINERS = 1000
+"""Arrays of cells or structures that are read of a MATLAB file. They nest, and SciPy reads them by
+recursion that ends the process where it is too deep."""
 
 FORMATS = ("PNG", "JPEG")
 """Image formats that are read, whatever a file's name ends in. Pillow reads many more, some of
@@ -46,6 +62,12 @@ _DAMAGE = (
     tokenize.TokenError,
     zlib.error,
 )
+
+# Types of the elements of a MATLAB file, and classes of its arrays: cells, structures, objects,
+# functions, opaque.
+_MATRIX, _COMPRESSED = 14, 15
+_CONTAINERS = (1, 2, 3, 16, 17)
+_CHARACTERS = 4
 
 _NPY_HEADERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
@@ -74,11 +96,7 @@ def find_file(root: Path, relative: str, frame_id: str) -> Path:
         raise ValueError(
             f"frame {frame_id}: no file {relative}; restore it or drop the frame from its split"
         )
-    if not path.resolve().is_relative_to(root):
-        raise ValueError(
-            f"frame {frame_id}: {relative} is a link that leaves the data folder; copy the file "
-            f"there, or give the folder that it links to as the data folder"
-        )
+    _check_inside(root, path, f"frame {frame_id}: {relative}")
     return path
 
 
@@ -104,13 +122,34 @@ def read_array(
             if stack is not None:
                 return _from_stack(path, stack, frame_id)
             if path.suffix.lower() == ".npy":
-                return _from_npy(path)
+                return _from_npy(path, _check_map)
             return _from_image(path, colour=colour)
     except _DAMAGE as error:
         raise ValueError(
             f"frame {frame_id}: {relative} cannot be read ({_reason(error)}); expected a whole "
             f"{path.suffix} file"
         ) from None
+
+
+def read_vector(root: Path, relative: str) -> np.ndarray:
+    """A `.npy` array of the whole data set and not of a frame: numbers of one dimension.
+
+    Args:
+        root: the data folder.
+        relative: path below it.
+
+    Raises:
+        ValueError: for a file that is missing, unreadable, too large, leaves the folder by its path
+            or a link, or is no list of numbers.
+    """
+    check_relative(relative, relative)
+    root = root.resolve()
+    path = root / relative
+    _check_inside(root, path, relative)
+    try:
+        return _from_npy(path, _check_vector)
+    except _DAMAGE as error:
+        raise ValueError(f"{relative} cannot be read ({_reason(error)})") from None
 
 
 def read_json(root: Path, relative: str, frame_id: str) -> Any:
@@ -132,11 +171,12 @@ def read_matlab(root: Path, relative: str, frame_id: str) -> dict[str, Any]:
     """The variables of a MATLAB file before version 7.3.
 
     Raises:
-        ValueError: if it is missing or cannot be read, or without SciPy.
+        ValueError: if it is missing, too large, or cannot be read.
     """
     path = find_file(root, relative, frame_id)
     try:
-        return dict(scipy.io.loadmat(path, squeeze_me=True, struct_as_record=False))
+        content = io.BytesIO(_bounded_matlab(path))
+        return dict(scipy.io.loadmat(content, squeeze_me=True, struct_as_record=False))
     except Exception as error:  # its errors have no common class
         raise ValueError(
             f"frame {frame_id}: {relative} cannot be read ({_reason(error)}); expected a whole "
@@ -158,14 +198,113 @@ def import_h5py() -> ModuleType:
         ) from None
 
 
-def _from_npy(path: Path) -> np.ndarray:
+def _check_inside(root: Path, path: Path, where: str) -> None:
+    if not path.resolve().is_relative_to(root):
+        raise ValueError(
+            f"{where} is a link that leaves the data folder; copy the file there, or give the "
+            f"folder that it links to as the data folder"
+        )
+
+
+def _bounded_matlab(path: Path) -> bytes:
+    """A MATLAB file with each variable decompressed, once its size is known to be sane.
+
+    Source:
+        MathWorks, "MAT-File Level 5 File Format"
+    """
+    if path.stat().st_size > MATLAB_BYTES:
+        raise ValueError(f"it has more than the {MATLAB_BYTES} bytes that are read")
+    content = path.read_bytes()
+    # Version 4 is 0: it has no compression, and its arrays are no larger than the file.
+    if scipy.io.matlab.matfile_version(io.BytesIO(content))[0] != 1:
+        return content
+    order = "<" if content[126:128] == b"IM" else ">"
+    parts = [content[:128]]
+    at, num_bytes, objects, containers = 128, 0, 0, 0
+    while at < len(content):
+        kind, size = struct.unpack_from(f"{order}II", content, at)
+        part = content[at : at + 8 + size]
+        at += 8 + size
+        if at > len(content):
+            raise ValueError("it ends within a variable")
+        if kind == _COMPRESSED:
+            part = _decompressed(part[8:], MATLAB_BYTES - num_bytes)
+        num_bytes += len(part)
+        more = _matlab_objects(part, order)
+        objects, containers = objects + more[0], containers + more[1]
+        for found, limit, what in (
+            (num_bytes, MATLAB_BYTES, "bytes"),
+            (objects, MATLAB_OBJECTS, "cells, structures and characters"),
+            (containers, MATLAB_CONTAINERS, "arrays of cells and structures"),
+        ):
+            if found > limit:
+                raise ValueError(f"it has more than the {limit} {what} that are read")
+        parts.append(part)
+    return b"".join(parts)
+
+
+def _decompressed(block: bytes, limit: int) -> bytes:
+    stream = zlib.decompressobj()
+    # One more byte tells what is larger; and 0 would be no limit.
+    part = stream.decompress(block, limit + 1)
+    if len(part) > limit:
+        raise ValueError(f"it has more than the {MATLAB_BYTES} bytes that are read")
+    if not stream.eof:
+        raise ValueError("it ends within a variable")
+    return part
+
+
+def _matlab_objects(variable: bytes, order: str) -> tuple[int, int]:
+    """How many objects, and how many containers, a variable claims; see `MATLAB_OBJECTS`.
+
+    Elements are taken one after the other, whatever size an array has that holds them, since this
+    is how SciPy reads them. Beyond the limit none are.
+    """
+    at, objects, containers = 0, 0, 0
+    array_class = None
+    while at < len(variable) and objects <= MATLAB_OBJECTS:
+        kind, start, size, end = _matlab_element(variable, at, order)
+        objects += 1
+        if kind != _MATRIX:
+            # Names of fields, of any number of bytes each.
+            objects += size if array_class in _CONTAINERS else 0
+            at = end
+            continue
+        at += 8
+        if size == 0:
+            continue
+        array_class = struct.unpack_from(f"{order}I", variable, start + 8)[0] & 0xFF
+        at += 16
+        if array_class in _CONTAINERS:
+            containers += 1
+        if array_class in _CONTAINERS[:3] or array_class == _CHARACTERS:
+            _, start, size, at = _matlab_element(variable, at, order)
+            sides = struct.unpack_from(f"{order}{size // 4}i", variable, start)
+            if min(sides, default=-1) < 0:
+                raise ValueError(f"it has an array of shape {sides}")
+            objects += math.prod(sides)
+    if at != len(variable) and objects <= MATLAB_OBJECTS:
+        raise ValueError("it ends within a variable")
+    return objects, containers
+
+
+def _matlab_element(content: bytes, at: int, order: str) -> tuple[int, int, int, int]:
+    """Type, start, size and end of the element at a place, padding included."""
+    kind, size = struct.unpack_from(f"{order}II", content, at)
+    # Up to 4 bytes may stand in the place of their size.
+    if kind >> 16:
+        return kind & 0xFFFF, at + 4, kind >> 16, at + 8
+    return kind, at + 8, size, at + 8 + size + -size % 8
+
+
+def _from_npy(path: Path, check: Callable[[Sequence[int], np.dtype], None]) -> np.ndarray:
     # Not np.load, which also takes archives and pickles, and allocates what a header claims.
     with path.open("rb") as file:
         version = np.lib.format.read_magic(file)
         if version not in _NPY_HEADERS:
-            raise ValueError(f"version {version} of the format has no maps")
+            raise ValueError(f"version {version} of the format has no numbers")
         shape, is_fortran, dtype = _NPY_HEADERS[version](file)
-        _check_map(shape, dtype)
+        check(shape, dtype)
         if path.stat().st_size - file.tell() < math.prod(shape) * dtype.itemsize:
             raise ValueError(f"it is too short for {dtype} of shape {shape}")
         values = np.fromfile(file, dtype, math.prod(shape))
@@ -207,6 +346,16 @@ def _check_map(shape: Sequence[int], dtype: np.dtype) -> None:
             f"expected numbers of shape height x width (x channels), "
             f"got {dtype} of shape {tuple(shape)}"
         )
+    _check_count(shape)
+
+
+def _check_vector(shape: Sequence[int], dtype: np.dtype) -> None:
+    if len(shape) != 1 or min(shape) < 1 or dtype.kind not in "uif":
+        raise ValueError(f"expected a list of numbers, got {dtype} of shape {tuple(shape)}")
+    _check_count(shape)
+
+
+def _check_count(shape: Sequence[int]) -> None:
     count = math.prod(shape)
     if count > MAX_PIXELS:
         raise ValueError(f"{count} pixels or values, more than the {MAX_PIXELS} that are read")

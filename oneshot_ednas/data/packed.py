@@ -13,7 +13,6 @@ from torch import Tensor
 
 from oneshot_ednas.data import streets
 from oneshot_ednas.data.cache import (
-    DepthRange,
     FrameSource,
     default_cache_dir,
     load_cached,
@@ -22,7 +21,7 @@ from oneshot_ednas.data.dataset import DataSet
 from oneshot_ednas.data.order import batch_indices, split_indices
 from oneshot_ednas.data.parallel import Progress
 from oneshot_ednas.data.street_scene import CLASSES
-from oneshot_ednas.data.targets import TARGET_KINDS
+from oneshot_ednas.data.targets import TARGET_KINDS, is_in_metres
 from oneshot_ednas.schema import to_plain
 
 __all__ = [
@@ -329,7 +328,7 @@ def load_packed(
             stacklevel=2,
         )
     for name, found in cached.depth_ranges.items():
-        if not _is_in_metres(found):
+        if not is_in_metres(found.median, found.largest):
             warnings.warn(
                 f"{name} of {packed.name} has a median of {found.median:.4g} m and reaches "
                 f"{found.largest:.4g} m; expected metres: check its scale, and its invalid values "
@@ -337,11 +336,6 @@ def load_packed(
                 stacklevel=2,
             )
     return packed
-
-
-def _is_in_metres(depth: DepthRange) -> bool:
-    """Whether depths may be of a scene that a camera took; millimetres as metres may not."""
-    return 0.05 <= depth.median <= 100 and depth.largest <= 1000
 
 
 def _check_size(height: int, width: int) -> None:

@@ -13,6 +13,11 @@ from jaxtyping import Shaped
 
 IGNORE = 255
 
+PLAUSIBLE_MEDIAN_M = (0.05, 100.0)
+"""Medians of depths between close-ups and streets, in metres; others tell a wrong unit."""
+PLAUSIBLE_DEPTH_M = 1000.0
+"""Depths beyond this, in metres, tell a wrong unit or invalid values that are taken for depths."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TargetKind:
@@ -66,6 +71,17 @@ def is_valid(kind: str, target: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray,
     if row.channels > 1:
         return np.asarray((target != row.invalid).any(axis=-1))
     return np.isfinite(target) if np.isnan(row.invalid) else np.asarray(target != row.invalid)
+
+
+def is_in_metres(median: float, largest: float) -> bool:
+    """Whether depths may be of scenes that a camera took; millimetres taken for metres may not.
+
+    Args:
+        median: of the valid depths, in metres.
+        largest: of the valid depths, in metres.
+    """
+    low, high = PLAUSIBLE_MEDIAN_M
+    return low <= median <= high and largest <= PLAUSIBLE_DEPTH_M
 
 
 def resized(

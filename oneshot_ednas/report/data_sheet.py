@@ -151,7 +151,8 @@ def _column(kind: str, maps: Sequence[np.ndarray], data: DataSet, name: str) -> 
         drawn = [pictures.normals_picture(normals) for normals in maps]
         return _Column(pictures=drawn, values=None, ramp=None)
     if kind == "edges":
-        return _Column(pictures=[_EDGE_COLOURS[edges] for edges in maps], values=None, ramp=None)
+        drawn = [pictures.binary_picture(edges) for edges in maps]
+        return _Column(pictures=drawn, values=None, ramp=None)
     # Drawn together, since colours span the range of what is drawn.
     numbers = np.concatenate([values.ravel() for values in maps])
     finite = numbers[np.isfinite(numbers) & ((numbers > 0) | (kind == "values"))]
@@ -171,32 +172,13 @@ def _column(kind: str, maps: Sequence[np.ndarray], data: DataSet, name: str) -> 
     )
 
 
-def _disparity_picture(disparity: np.ndarray) -> np.ndarray:
-    """As the depths that they are the inverse of."""
-    valid = np.isfinite(disparity) & (disparity > 0)
-    return pictures.depth_picture(
-        np.divide(1.0, disparity, out=np.zeros(disparity.shape), where=valid)
-    )
-
-
-def _values_picture(values: np.ndarray) -> np.ndarray:
-    """From dark grey, the smallest, to white, the largest; invalid pixels black."""
-    valid = np.isfinite(values)
-    low, high = values[valid].min(), values[valid].max()
-    light = 40 + 215 * (np.where(valid, values, low) - low) / max(high - low, 1e-12)
-    grey = np.where(valid, np.rint(light), 0).astype(np.uint8)
-    return np.repeat(grey[..., None], 3, axis=-1)
-
-
 _NUMBER_PICTURES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "depth": pictures.depth_picture,
-    "disparity": _disparity_picture,
-    "values": _values_picture,
+    "disparity": pictures.disparity_picture,
+    "values": pictures.heatmap_picture,
 }
-_KEYS = {"normals": "red right, green down, blue forward", "edges": "edges yellow"}
+_KEYS = {"normals": "red right, green down, blue forward", "edges": "edges white, others dark grey"}
 """What the colours of a kind mean."""
-_EDGE_COLOURS = np.zeros((256, 3), np.uint8)
-_EDGE_COLOURS[:2] = ((70, 78, 88), (255, 214, 10))
 
 
 def _show(axes: Axes, picture: np.ndarray) -> None:

@@ -35,6 +35,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from oneshot_ednas.data.dataset import NAMELESS, DataSet
+from oneshot_ednas.data.files import read_vector
 from oneshot_ednas.data.sources import (
     DepthSource,
     DisparitySource,
@@ -216,22 +217,18 @@ def class_weights(root: Path) -> dict[str, tuple[float, ...]]:
         `semseg_prior_factor.npy`.
 
     Raises:
-        ValueError: if the file holds anything but 17 positive numbers.
+        ValueError: if the file cannot be read, is a link that leaves the folder, or holds anything
+            but 17 positive numbers.
     """
-    path = root / WEIGHTS_FILE
-    if not path.is_file():
+    if not (root / WEIGHTS_FILE).is_file():
         return {}
     expected = f"expected {len(TASKONOMY_CLASSES)} positive numbers, one per class"
     try:
-        weights = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"{WEIGHTS_FILE} cannot be read ({error}); {expected}") from None
-    is_numbers = isinstance(weights, np.ndarray) and weights.dtype.kind in "uif"
-    if not is_numbers or weights.shape != (len(TASKONOMY_CLASSES),):
-        raise ValueError(
-            f"{WEIGHTS_FILE}: {expected}, got {getattr(weights, 'dtype', 'an archive')} of shape "
-            f"{getattr(weights, 'shape', ())}"
-        )
+        weights = read_vector(root, WEIGHTS_FILE)
+    except ValueError as error:
+        raise ValueError(f"{error}; {expected}") from None
+    if len(weights) != len(TASKONOMY_CLASSES):
+        raise ValueError(f"{WEIGHTS_FILE}: {expected}, got {len(weights)}")
     if not (np.isfinite(weights) & (weights > 0)).all():
         raise ValueError(f"{WEIGHTS_FILE}: {expected}, got {weights.min():g}..{weights.max():g}")
     return {"segmentation": tuple(float(weight) for weight in weights)}
