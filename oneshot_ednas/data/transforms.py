@@ -146,7 +146,7 @@ def _scale(
         picked = planes.gather(2, flat.expand(-1, planes.shape[1], -1))
         picked = picked.view(size, -1, height, width)
         if kind.enlarged:
-            picked = picked * scale[:, None, None, None] ** kind.enlarged
+            picked = picked / scale[:, None, None, None] ** -kind.enlarged
         if low < 1:
             picked = torch.where(inside, picked, kind.invalid)
         result[name] = picked.view_as(target).to(target.dtype)
