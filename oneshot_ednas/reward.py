@@ -130,6 +130,7 @@ def deltas(
     metrics: Mapping[str, Mapping[str, float]],
     baselines: Mapping[str, Mapping[str, float]],
     *,
+    names: Mapping[str, Collection[str]] | None = None,
     lower_is_better: Collection[str] = LOWER_IS_BETTER,
 ) -> Deltas:
     """All gains of a network over baselines, such as single-task networks.
@@ -137,6 +138,7 @@ def deltas(
     Args:
         metrics: value per task and metric; the same metrics enter as in `accuracy_product`.
         baselines: value per task and metric; further tasks and metrics are not looked at.
+        names: the metrics of each task that enter, in place of those.
         lower_is_better: names of the metrics that are errors.
 
     Raises:
@@ -145,7 +147,7 @@ def deltas(
     gains: dict[str, dict[str, float]] = {}
     for task, values in metrics.items():
         gains[task] = {}
-        for name in _reward_names(values):
+        for name in _reward_names(values) if names is None else names[task]:
             if name not in baselines.get(task, {}):
                 raise ValueError(f"no baseline for {task}.{name}; evaluate one, or leave it out")
             try:

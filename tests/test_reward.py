@@ -261,6 +261,14 @@ def test_deltas_leave_out_diagnostics_and_further_baselines() -> None:
     assert found.overall == 25
 
 
+def test_deltas_of_named_metrics_leave_none_of_them_out() -> None:
+    metrics = {"depth": {"absolute_error": 0.5, "relative_error": 0.2, "rmse": 9.0}}
+    baselines = {"depth": {"absolute_error": 1.0, "relative_error": 0.2, "rmse": 10.0}}
+    found = deltas(metrics, baselines, names={"depth": ("absolute_error", "rmse")})
+    assert found.metrics == {"depth": {"absolute_error": 50, "rmse": pytest.approx(10)}}
+    assert found.overall == pytest.approx(30)
+
+
 def test_deltas_weigh_tasks_equally_whatever_their_number_of_metrics() -> None:
     metrics = {"a": {"x": 2.0}, "b": {"x": 1.0, "y": 1.0, "z": 1.0}}
     baselines = {"a": {"x": 1.0}, "b": {"x": 1.0, "y": 1.0, "z": 1.0}}

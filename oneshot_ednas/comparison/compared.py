@@ -121,9 +121,10 @@ def _gains(
         for task, values in rows[0].items()
     }
     errors = lower_is_better(tasks)
+    names = {name: tuple(task.reward_metrics) for name, task in tasks.items()}
     return {
         method.name: [
-            deltas(_reward_metrics(one, tasks), reference, lower_is_better=errors)
+            deltas(_reward_metrics(one, tasks), reference, names=names, lower_is_better=errors)
             for one in method.found
         ]
         for method in methods
