@@ -599,7 +599,9 @@ def test_bad_input_is_one_line(folder, tmp_path):
         assert "no data folder" in refused("data", command, tmp_path / "absent")
         assert "has no known layout" in refused("data", command, tmp_path / "empty")
         assert "unknown data layout x" in refused("data", command, folder, "--layout", "x")
-        assert "no manifest" in refused("data", command, folder, "--manifest", tmp_path / "no.yaml")
+        assert "no.yaml (tried " in refused(
+            "data", command, folder, "--manifest", tmp_path / "no.yaml"
+        )
         assert "expected at least 1, got 0" in refused("data", command, folder, "--workers", 0)
     assert "no split tset; did you mean test" in refused("data", "stats", folder, "--split", "tset")
     message = refused("data", "stats", folder, "--label-map", "tow")

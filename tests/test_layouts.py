@@ -566,3 +566,10 @@ def test_the_page_s_tasks_of_cityscapes_train(written, tmp_path):
     config = write_config(tmp_path / "project", replace(folder, tasks=tasks["tasks"]))
     good("search", config, "--data", written(folder), "--out", tmp_path / "run")
     check_log(tmp_path / "run", load_config(config).tasks)
+
+
+def test_a_manifest_may_be_one_shipped_with_the_package(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    # Found and read, since its folders are missed.
+    with pytest.raises(ValueError, match="no folder rgb for image in "):
+        open_data(tmp_path, manifest=Path("configs/datasets/nyuv2_256x192.yaml"))

@@ -12,7 +12,6 @@ from oneshot_ednas.data.dataset import with_num_classes
 from oneshot_ednas.data.layouts import open_data
 from oneshot_ednas.data.packed import PackedSplit, folder_split, streets_split
 from oneshot_ednas.data.transforms import AugmentConfig
-from oneshot_ednas.schema import find_file
 from oneshot_ednas.tasks import Task
 
 
@@ -95,7 +94,7 @@ def load_data(config: DataConfig, tasks: Mapping[str, Task]) -> tuple[PackedSpli
 
     else:
         folder = _folder(config)
-        manifest = None if config.manifest is None else find_file(config.manifest, beside=folder)
+        manifest = None if config.manifest is None else Path(config.manifest)
         data = open_data(folder, manifest=manifest, layout=config.layout)
         classes = {task.target: task.num_classes for task in tasks.values()}
         data = with_num_classes(data, {name: count for name, count in classes.items() if count})

@@ -11,7 +11,7 @@ from pathlib import Path
 from oneshot_ednas.data.dataset import DataSet
 from oneshot_ednas.data.layouts import adashare, astmt, cityscapes, mtan, nyuv2_mat
 from oneshot_ednas.data.manifest import MANIFEST_NAME, open_manifest
-from oneshot_ednas.schema import nearest
+from oneshot_ednas.schema import find_file, nearest
 
 __all__ = ["LAYOUTS", "Layout", "open_data"]
 
@@ -67,17 +67,18 @@ def open_data(root: Path, *, manifest: Path | None = None, layout: str | None = 
 
     Args:
         root: the data folder.
-        manifest: a manifest that lies elsewhere; then the folder's own files tell nothing.
+        manifest: a manifest that lies elsewhere, maybe one shipped with the package; then the
+            folder's own files tell nothing.
         layout: one of `LAYOUTS`; None takes the first whose files are there.
 
     Raises:
-        FileNotFoundError: if there is no such folder.
+        FileNotFoundError: if there is no such folder or manifest.
         ValueError: for an unknown layout, a folder of none, or what is missing or wrong in it.
     """
     if not root.is_dir():
         raise FileNotFoundError(f"no data folder {root}")
     if manifest is not None:
-        return open_manifest(root, manifest)
+        return open_manifest(root, find_file(manifest, beside=root))
     if layout is not None:
         if layout not in LAYOUTS:
             raise ValueError(f"unknown data layout {layout}; {nearest(layout, LAYOUTS)}")
