@@ -294,7 +294,7 @@ def _split_warnings(splits: Mapping[str, SplitCheck]) -> list[str]:
 
 def _leaks(shared: Sequence[SharedFrames]) -> list[str]:
     return [
-        f"{pair}; a test on frames that were trained on means nothing"
+        f"{pair}; if one is your test split, it means nothing after training on the other"
         for pair in shared
         if not pair.is_by_design
     ]

@@ -191,7 +191,7 @@ class LatencyTable:
             raise ValueError(
                 f"{self.name} is for images of {self.header.image_height}x"
                 f"{self.header.image_width}, got {height}x{width}; build one with "
-                f"{self._tool(self.header.space, height, width)}"
+                f"{self._tool('SPACE', height, width)}"
             )
 
     def _tool(self, space: str, height: int, width: int, *, tasks: str = "") -> str:
