@@ -321,22 +321,24 @@ def test_a_small_matlab_file_of_a_large_array_takes_no_memory(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (variable(2, (10**9, 1), *NO_FIELDS), "more than the 1000000 cells, structures and char"),
-        (variable(1, (2**31 - 1, 2**31 - 1)), "more than the 1000000 cells, structures and char"),
-        (variable(4, (1, 10**9), element(16, b"")), "more than the 1000000 cells, structures and"),
-        (variable(1, (10**6, 1), element(14, b"") * 10**6), "more than the 1000000 cells"),
-        (variable(9, (1, 1), element(2, b"") * 10**6), "more than the 1000000 cells"),
+        (variable(2, (10**9, 1), *NO_FIELDS), "more than the 10000 cells, structures and char"),
+        (variable(1, (2**31 - 1, 2**31 - 1)), "more than the 10000 cells, structures and char"),
+        (variable(4, (1, 10**9), element(16, b"")), "more than the 10000 cells, structures and"),
+        (variable(1, (10**4, 1), element(14, b"") * 10**4), "more than the 10000 cells"),
+        (variable(9, (1, 1), element(2, b"") * 10**4), "more than the 10000 cells"),
         (variable(1, (1, -1)), r"an array of shape (1, -1)"),
-        (nested(1001), "more than the 1000 arrays of cells and structures"),
+        (nested(101), "more than the 100 arrays of cells and structures"),
         # Each cell says that it ends before what it holds, which is read all the same.
-        (variable(1, (1, 1)) * 200_000, "more than the 1000 arrays of cells and structures"),
+        (variable(1, (1, 1)) * 2_000, "more than the 100 arrays of cells and structures"),
         (mask()[:-1], "it ends within a variable"),
         (variable(9, (1, 1), struct.pack("<II", 2, 100)), "it ends within a variable"),
     ],
 )
 def test_matlab_files_that_claim_more_than_they_hold_are_refused(
-    tmp_path, squeeze, content, message
+    tmp_path, monkeypatch, squeeze, content, message
 ):
+    monkeypatch.setattr(files, "MATLAB_OBJECTS", 10_000)
+    monkeypatch.setattr(files, "MATLAB_CONTAINERS", 100)
     assert message in refused_matlab(tmp_path, matlab(squeeze(content)))
 
 
