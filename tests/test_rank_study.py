@@ -146,7 +146,8 @@ def made_up(project, out, noise: float):
     """A benchmark whose seeds differ by so much, and perfect or spoilt scores of it."""
     experiment = open_experiment(project, out)
     generator = np.random.default_rng(0)
-    architectures = list({experiment.space.sample(generator) for _ in range(14)})
+    drawn = (experiment.space.sample(generator) for _ in range(14))
+    architectures = list(dict.fromkeys(drawn))  # in order: that of a set is another in each process
     trainings = Benchmark.load(out / "benchmark.json").entries[0].trainings
 
     def training(seed, quality):
