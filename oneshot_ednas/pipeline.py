@@ -31,6 +31,7 @@ from oneshot_ednas.export.quantize import IoType
 from oneshot_ednas.models.network import Network
 from oneshot_ednas.multi_trial.search import MultiTrialSearch, keep_pick, search_cost, summary
 from oneshot_ednas.multi_trial.trials import TrialStore, read_trials
+from oneshot_ednas.progress import progress_bar
 from oneshot_ednas.ranking import Candidate, rank_candidates
 from oneshot_ednas.report import RunPictures, write_report
 from oneshot_ednas.retrain import retrain
@@ -46,7 +47,6 @@ from oneshot_ednas.training import (
     evaluate,
     note,
     numpy_generator,
-    progress_bar,
     take_in_log,
     training_macs,
 )

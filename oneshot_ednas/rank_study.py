@@ -16,6 +16,7 @@ from oneshot_ednas.benchmark.table import Benchmark
 from oneshot_ednas.config import ExperimentConfig
 from oneshot_ednas.deploy import file_digest
 from oneshot_ednas.models.network import build_network
+from oneshot_ednas.progress import progress_bar
 from oneshot_ednas.rank_correlation import (
     Agreement,
     Array,
@@ -48,7 +49,6 @@ from oneshot_ednas.training import (
     StopRequest,
     accuracy_of,
     numpy_generator,
-    progress_bar,
 )
 
 MIN_ARCHITECTURES = 4

@@ -18,13 +18,13 @@ from types import FrameType
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import TextColumn
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from oneshot_ednas.data.packed import PackedSplit, batch_indices
 from oneshot_ednas.data.transforms import AugmentConfig, augment
+from oneshot_ednas.progress import terminal_progress
 from oneshot_ednas.reward import accuracy_product
 from oneshot_ednas.store import write_text
 from oneshot_ednas.tasks import Task, lower_is_better
@@ -282,16 +282,8 @@ class StageLog:
         self._path = folder / "metrics.jsonl"
         _drop_lines_from(self._path, stage, start)
         self._writer = SummaryWriter(str(folder / "tensorboard" / stage), purge_step=start)
-        console = Console(stderr=True)
-        self._progress = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[text]}", markup=False),  # "E[lat]" is no style
-            console=console,
-            disable=not console.is_terminal,
-        )
+        text = TextColumn("{task.fields[text]}", markup=False)  # "E[lat]" is no style
+        self._progress = terminal_progress(text)
         self._bar = self._progress.add_task(stage, total=total, completed=start, text="")
         self.seconds = 0.0
 
@@ -406,22 +398,6 @@ def run_steps(
                 save(done)
             if is_asked_to_stop:
                 raise Interrupted(f"stopped after step {done} of {log.total} in {log.stage}")
-
-
-@contextlib.contextmanager
-def progress_bar(text: str, total: int, done: int = 0) -> Iterator[Callable[[], None]]:
-    """A bar on a terminal's stderr over jobs of some seconds or more; gives what moves it."""
-    console = Console(stderr=True)
-    with Progress(
-        TextColumn("[bold]{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    ) as progress:
-        bar = progress.add_task(text, total=total, completed=done)
-        yield lambda: progress.advance(bar)
 
 
 def note(text: str) -> None:

@@ -14,10 +14,11 @@ from oneshot_ednas.benchmark.settings import split_seed, training_differences
 from oneshot_ednas.benchmark.stratify import stratified_sample
 from oneshot_ednas.benchmark.table import Benchmark, Entry, Training
 from oneshot_ednas.config import ExperimentConfig, what_defines
+from oneshot_ednas.progress import progress_bar
 from oneshot_ednas.run_folder import Experiment, versions
 from oneshot_ednas.schema import to_plain
 from oneshot_ednas.store import append_json_line, read_json_lines
-from oneshot_ednas.training import Interrupted, numpy_generator, progress_bar
+from oneshot_ednas.training import Interrupted, numpy_generator
 from oneshot_ednas.trial import Outcome
 from oneshot_ednas.trial_job import run_trial
 from oneshot_ednas.workers import Workers

@@ -7,17 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from oneshot_ednas.cli.common import bad_input, console, json_option, main, resume_option
-from oneshot_ednas.data import cache
 from oneshot_ednas.data.check import DataCheck, check_data, sum_split, sums_figures
 from oneshot_ednas.data.layouts import open_data
+from oneshot_ednas.data.parallel import Progress
 from oneshot_ednas.data.prepare import PrepareConfig, prepare_data
 from oneshot_ednas.data.statistics import Classes
+from oneshot_ednas.progress import counting_bar
 from oneshot_ednas.report.data_sheet import choose_frames, data_sheet
 from oneshot_ednas.store import write_bytes, write_json
 from oneshot_ednas.training import Interrupted
@@ -209,23 +208,11 @@ def _names(text: str | None, option: str) -> tuple[str, ...] | None:
 
 
 @contextmanager
-def _progress(what: str) -> Iterator[cache.Progress]:
+def _progress(what: str) -> Iterator[Progress]:
     """A bar on the terminal; Ctrl-C ends the work with one line."""
-    where = Console(stderr=True)
-    bar = Progress(
-        TextColumn("[bold]{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TextColumn("frames"),
-        TimeRemainingColumn(),
-        console=where,
-        disable=not where.is_terminal,
-        transient=True,
-    )
-    task = bar.add_task(escape(what), total=None)
     try:
-        with bar:
-            yield lambda done, total: bar.update(task, completed=done, total=total)
+        with counting_bar(what, unit="frames") as progress:
+            yield progress
     except KeyboardInterrupt:
         raise Interrupted(f"stopped while {what}") from None
 

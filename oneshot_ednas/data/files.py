@@ -167,20 +167,28 @@ def read_json(root: Path, relative: str, frame_id: str) -> Any:
         ) from None
 
 
-def read_matlab(root: Path, relative: str, frame_id: str) -> dict[str, Any]:
+def read_matlab(root: Path, relative: str, frame_id: str | None = None) -> dict[str, Any]:
     """The variables of a MATLAB file before version 7.3.
+
+    Args:
+        root: the data folder.
+        relative: path below it.
+        frame_id: for messages; None for a file of the whole data set.
 
     Raises:
         ValueError: if it is missing, too large, or cannot be read.
     """
-    path = find_file(root, relative, frame_id)
+    if frame_id is None:
+        where, path = relative, root / relative
+        _check_inside(root.resolve(), path, where)
+    else:
+        where, path = f"frame {frame_id}: {relative}", find_file(root, relative, frame_id)
     try:
         content = io.BytesIO(_bounded_matlab(path))
         return dict(scipy.io.loadmat(content, squeeze_me=True, struct_as_record=False))
     except Exception as error:  # its errors have no common class
         raise ValueError(
-            f"frame {frame_id}: {relative} cannot be read ({_reason(error)}); expected a whole "
-            f"MATLAB file"
+            f"{where} cannot be read ({_reason(error)}); expected a whole MATLAB file"
         ) from None
 
 

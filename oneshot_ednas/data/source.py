@@ -5,13 +5,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from oneshot_ednas.data.dataset import with_num_classes
 from oneshot_ednas.data.layouts import open_data
 from oneshot_ednas.data.packed import PackedSplit, folder_split, streets_split
 from oneshot_ednas.data.transforms import AugmentConfig
+from oneshot_ednas.progress import counting_bar
 from oneshot_ednas.tasks import Task
 
 
@@ -93,9 +91,10 @@ def load_data(config: DataConfig, tasks: Mapping[str, Task]) -> tuple[PackedSpli
             )
 
     else:
-        folder = _folder(config)
+        if config.root is None:
+            raise ValueError("this config reads a data folder: name it with --data DIR")
         manifest = None if config.manifest is None else Path(config.manifest)
-        data = open_data(folder, manifest=manifest, layout=config.layout)
+        data = open_data(Path(config.root), manifest=manifest, layout=config.layout)
         classes = {task.target: task.num_classes for task in tasks.values()}
         data = with_num_classes(data, {name: count for name, count in classes.items() if count})
 
@@ -111,7 +110,11 @@ def load_data(config: DataConfig, tasks: Mapping[str, Task]) -> tuple[PackedSpli
                 progress=progress,
             )
 
-    train, test = (_with_progress(split, load) for split in (config.train_split, config.test_split))
+    splits = []
+    for name in (config.train_split, config.test_split):
+        with counting_bar(f"preparing {name}") as progress:
+            splits.append(load(name, progress))
+    train, test = splits
     shared = set(train.sources) & set(test.sources)
     if shared:
         raise ValueError(
@@ -121,15 +124,6 @@ def load_data(config: DataConfig, tasks: Mapping[str, Task]) -> tuple[PackedSpli
     for split in (train, test):
         _check_tasks(split, tasks)
     return _by_task(train, tasks), _by_task(test, tasks)
-
-
-def _folder(config: DataConfig) -> Path:
-    if config.root is None:
-        raise ValueError("this config reads a data folder: name it with --data DIR")
-    folder = Path(config.root)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no data folder {folder}")
-    return folder
 
 
 def _check_tasks(split: PackedSplit, tasks: Mapping[str, Task]) -> None:
@@ -166,20 +160,3 @@ def _by_task(split: PackedSplit, tasks: Mapping[str, Task]) -> PackedSplit:
         kinds={name: split.kinds[task.target] for name, task in tasks.items()},
         class_names={name: names for name, names in classes.items() if names},
     )
-
-
-def _with_progress(
-    split: str, load: Callable[[str, Callable[[int, int], None]], PackedSplit]
-) -> PackedSplit:
-    console = Console(stderr=True)
-    with Progress(
-        TextColumn("[bold]{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-        transient=True,
-    ) as progress:
-        bar = progress.add_task(f"preparing {split}", total=None)
-        return load(split, lambda done, total: progress.update(bar, completed=done, total=total))

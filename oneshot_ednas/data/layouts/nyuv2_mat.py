@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy.io
 
 from oneshot_ednas.data import files
 from oneshot_ednas.data.dataset import DataSet
@@ -157,7 +156,7 @@ def _splits(root: Path, count: int) -> dict[str, tuple[str, ...]]:
         raise ValueError(
             f"no file {SPLITS} beside {FRAMES}; it holds the official split (trainNdxs, testNdxs)"
         )
-    found = _matlab(root, SPLITS)
+    found = files.read_matlab(root, SPLITS)
     splits = {}
     for split, name in (("train", "trainNdxs"), ("test", "testNdxs")):
         indices = _whole_numbers(found, SPLITS, name)
@@ -178,7 +177,7 @@ def _splits(root: Path, count: int) -> dict[str, tuple[str, ...]]:
 
 def _class_map(root: Path, num_names: int) -> tuple[int, ...]:
     """Class index of each stored label, of which 0 is unlabelled."""
-    classes = _whole_numbers(_matlab(root, CLASS_MAPPING), CLASS_MAPPING, "mapClass")
+    classes = _whole_numbers(files.read_matlab(root, CLASS_MAPPING), CLASS_MAPPING, "mapClass")
     if len(classes) != num_names:
         raise ValueError(
             f"{CLASS_MAPPING}: expected mapClass of the {num_names} names in {FRAMES}, got "
@@ -201,13 +200,3 @@ def _whole_numbers(found: dict[str, Any], file: str, name: str) -> np.ndarray:
     if (whole != values).any():
         raise ValueError(f"{file}: expected a vector {name} of whole numbers")
     return whole
-
-
-def _matlab(root: Path, name: str) -> dict[str, Any]:
-    try:
-        return dict(scipy.io.loadmat(root / name, squeeze_me=True))
-    except Exception as error:  # SciPy's errors share no class
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
-            f"{name} cannot be read ({reason}); expected a whole MATLAB file"
-        ) from None
