@@ -1,19 +1,52 @@
 """The config of a run: the modules' configs together, read strictly from one YAML file."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import Field, dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, overload, runtime_checkable
 
 from oneshot_ednas.data.source import DataConfig
 from oneshot_ednas.ranking import DeriveConfig
 from oneshot_ednas.retrain import RetrainConfig
 from oneshot_ednas.schema import find_file, is_shipped, load_yaml
 from oneshot_ednas.search import SearchConfig
+from oneshot_ednas.sharing.backbone import EDNAS, BackboneConfig
+from oneshot_ednas.sharing.branching_search import BranchingConfig
+from oneshot_ednas.sharing.groupings import check_num_tasks
+from oneshot_ednas.sharing.operator_search import OperatorSharingConfig
 from oneshot_ednas.tasks import TaskConfig
 from oneshot_ednas.training import LoopConfig
 
 BASELINES = ("base", "random")
+SHARING_BASELINES = ("separate", "shared", "vanilla", "random", "permuted")
+FILE_SETTINGS = ("space", "architecture", "table", "root", "manifest")
+"""Settings that name a file or folder, wherever they are in a config."""
+
+
+@runtime_checkable
+class RunConfig(Protocol):
+    """What the config of every kind of run has, a frozen dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+    @property
+    def seed(self) -> int:
+        """Of all that is drawn."""
+
+    @property
+    def device(self) -> str:
+        """`auto`, `cpu`, `cuda`, `cuda:N` or `mps`."""
+
+    @property
+    def data(self) -> DataConfig:
+        """The frames."""
+
+    @property
+    def tasks(self) -> dict[str, TaskConfig]:
+        """What is learned."""
+
+
+C = TypeVar("C", bound=RunConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,33 +158,115 @@ class ExperimentConfig:
             raise ValueError(f"baselines: each at most once, got {', '.join(self.baselines)}")
 
 
-def load_config(path: Path, overrides: Iterable[str] = ()) -> ExperimentConfig:
+@dataclass(frozen=True, kw_only=True)
+class TaskSharingConfig:
+    """Everything that a run depends on which searches what tasks share."""
+
+    seed: int = 0
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, `cuda:N` or `mps`."""
+    data: DataConfig
+    tasks: dict[str, TaskConfig]
+    backbone: BackboneConfig
+    latency: LatencyConfig | None = None
+    """Of an EDNAS backbone; null leaves latencies out."""
+    branching: BranchingConfig | None = None
+    """Of `oneshot-ednas branch`."""
+    operators: OperatorSharingConfig | None = None
+    """Of `oneshot-ednas share`."""
+    derive: DeriveConfig = DeriveConfig()
+    """Batches that candidates are scored with; how many there are, the search says."""
+    retrain: RetrainConfig
+    divide_learning_rate: bool | None = None
+    """Whether the learning rate of a layer is divided by the number of tasks that share it (BMTAS
+    appendix A), whose gradients add up in it. null is yes for `sgd` and no for `adam`, whose steps
+    do not grow with the gradient."""
+    baselines: tuple[str, ...] = ("separate", "shared")
+    """Trained like the found network: `separate` has an encoder per task, its single-task network,
+    and is what gains are counted from; `shared` has one for all. Of a branching, `vanilla` parts
+    all tasks at the layer, and `random` is the drawn tree, whose cost is nearest to the found one;
+    `permuted` is the found tree with other tasks at its ends."""
+    num_permutations: int = 5
+    """Networks of `permuted`."""
+
+    def __post_init__(self) -> None:
+        """Check what no module can check alone."""
+        if self.seed < 0:
+            raise ValueError(f"seed: expected 0 or more, got {self.seed}")
+        check_num_tasks(len(self.tasks))
+        for name in self.baselines:
+            if name not in SHARING_BASELINES:
+                raise ValueError(
+                    f"baselines: expected some of {', '.join(SHARING_BASELINES)}, got {name}"
+                )
+        if len(set(self.baselines)) != len(self.baselines):
+            raise ValueError(f"baselines: each at most once, got {', '.join(self.baselines)}")
+        if self.num_permutations < 1:
+            raise ValueError(f"num_permutations: expected at least 1, got {self.num_permutations}")
+        if self.latency is not None and self.backbone.name != EDNAS:
+            raise ValueError(
+                f"latency tables are of EDNAS spaces, the backbone is {self.backbone.name}; leave "
+                f"latency out"
+            )
+        if self.backbone.has_choices and self.operators is not None:
+            raise ValueError(
+                "operator sharing takes one architecture: backbone.architecture base or a file"
+            )
+        if self.branching is not None:
+            needs = self.branching.objective == "budget" or self.branching.resource == "latency"
+            if needs and self.latency is None:
+                raise ValueError(
+                    "objective: budget and resource: latency need latency with a table of an EDNAS "
+                    "space"
+                )
+
+    @property
+    def divides_learning_rate(self) -> bool:
+        """`divide_learning_rate`, decided."""
+        if self.divide_learning_rate is None:
+            return self.retrain.optimizer.kind == "sgd"
+        return self.divide_learning_rate
+
+
+@overload
+def load_config(path: Path, overrides: Iterable[str] = ()) -> ExperimentConfig: ...
+
+
+@overload
+def load_config(path: Path, overrides: Iterable[str] = (), *, kind: type[C]) -> C: ...
+
+
+def load_config(path: Path, overrides: Iterable[str] = (), *, kind: Any = ExperimentConfig) -> Any:
     """Read a config, by its path or as shipped under `configs/`.
 
     Files that lie beside the config or in the working directory are named by absolute paths in
     the result, so that a run folder can be opened from anywhere; shipped ones keep their names.
+
+    Args:
+        path: the config.
+        overrides: `dotted.key=value` settings.
+        kind: the class of the config.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: for anything wrong in it, with file and line.
     """
     path = find_file(path)
-    config = load_yaml(path, ExperimentConfig, overrides=overrides)
+    return _with_absolute(load_yaml(path, kind, overrides=overrides), path.parent)
 
-    def absolute(name: str | None) -> str | None:
-        return name if name is None else _absolute(name, path.parent)
 
-    is_file = Path(config.space).suffix in (".yaml", ".yml")
-    return replace(
-        config,
-        space=_absolute(config.space, path.parent) if is_file else config.space,
-        latency=replace(config.latency, table=_absolute(config.latency.table, path.parent)),
-        data=replace(
-            config.data,
-            root=absolute(config.data.root),
-            manifest=absolute(config.data.manifest),
-        ),
-    )
+def _with_absolute(part: Any, folder: Path) -> Any:
+    changes: dict[str, Any] = {}
+    for field in fields(part):
+        value = getattr(part, field.name)
+        if is_dataclass(value):
+            changes[field.name] = _with_absolute(value, folder)
+        elif field.name in FILE_SETTINGS and isinstance(value, str):
+            # A shipped space goes by a name, beside which a folder may have the same one; so do
+            # the base architecture and that which is searched.
+            is_name = field.name in ("space", "architecture") and not Path(value).suffix
+            changes[field.name] = value if is_name else _absolute(value, folder)
+    return replace(part, **changes)
 
 
 def _absolute(name: str, folder: Path) -> str:
@@ -160,16 +275,21 @@ def _absolute(name: str, folder: Path) -> str:
     return str(Path(name).absolute()) if Path(name).exists() and not is_shipped(name) else name
 
 
-def what_defines(config: ExperimentConfig) -> ExperimentConfig:
+def what_defines(config: C) -> C:
     """The config without what may change between sittings of one run.
 
     That is where the data lies (its content is checked by itself), how many processes read it, the
     device, and how often the loops write.
     """
-    data = replace(config.data, root=None, workers=None)
-    search = replace(config.search, loop=LoopConfig())
-    retrain = replace(config.retrain, loop=LoopConfig())
-    return replace(config, device="auto", data=data, search=search, retrain=retrain)
+    changes: dict[str, Any] = {
+        "device": "auto",
+        "data": replace(config.data, root=None, workers=None),
+    }
+    for field in fields(config):
+        part = getattr(config, field.name)
+        if isinstance(getattr(part, "loop", None), LoopConfig):
+            changes[field.name] = replace(part, loop=LoopConfig())
+    return replace(config, **changes)
 
 
 def first_difference(one: object, other: object, where: str = "") -> str | None:

@@ -13,9 +13,6 @@ from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from oneshot_ednas.architecture import Architecture
 from oneshot_ednas.config import ExperimentConfig, load_config
 from oneshot_ednas.data.packed import PackedSplit
@@ -503,23 +500,8 @@ class OneShotRun(Run):
         architecture = self._derived_architecture()
         network = self._trained(architecture, "retrain.seed_0", 0)
         with self.timed("report"):
-            # Evenly spaced test frames, the same for every run on this data.
-            rows = np.linspace(0, len(self.test) - 1, min(NUM_PICTURES, len(self.test)))
-            indices = rows.astype(int)
-            batch = self.test.batch(indices, self.device)
-            with torch.inference_mode():
-                outputs = network.eval()(batch["image"])
-            size = self.config.data.image_size
-            pictures = RunPictures(
-                images=[self.test.frame(int(index))["image"] for index in indices],
-                targets={
-                    name: [batch[name][i].cpu().numpy() for i in range(len(indices))]
-                    for name in self.tasks
-                },
-                predictions={
-                    name: list(task.predict(outputs[name], size).cpu().numpy())
-                    for name, task in self.tasks.items()
-                },
+            pictures = RunPictures.taken(
+                network, self.test, self.tasks, num_pictures=NUM_PICTURES, device=self.device
             )
         return write_report(
             self.files.folder,

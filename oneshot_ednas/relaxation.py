@@ -56,6 +56,38 @@ class TemperatureConfig:
         return self.start + (self.end - self.start) * progress
 
 
+def gumbel_softmax(
+    logits: Float[Tensor, "*choices options"],
+    temperature: float,
+    *,
+    hard: bool = False,
+    generator: torch.Generator | None = None,
+) -> Float[Tensor, "*choices options"]:
+    """Gates of every choice, one draw each.
+
+    Args:
+        logits: -inf where there is no option.
+        temperature: positive; gates tend to one-hot as it falls.
+        hard: straight-through: exactly one-hot forward, the soft gates' gradient backward.
+        generator: a CPU generator; the draw does not depend on the device.
+
+    Raises:
+        ValueError: if the temperature is not positive.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature: expected a positive number, got {temperature}")
+    exponential = torch.empty(logits.shape).exponential_(generator=generator)
+    # exponential_ may return 0 in float32, whose log is -inf; clamp to the smallest normal.
+    tiny = torch.finfo(exponential.dtype).tiny
+    gumbel = -exponential.clamp_min(tiny).log().to(logits)
+    soft = ((logits + gumbel) / temperature).softmax(-1)
+    if not hard:
+        return soft
+    one_hot = F.one_hot(soft.argmax(-1), soft.shape[-1]).to(soft)
+    # The bracket is exactly zero, so the forward value is exactly one-hot.
+    return one_hot + (soft - soft.detach())
+
+
 class ArchitectureParameters(nn.Module):
     """Alpha: the logits of every option of every choice, zeros at the start.
 
@@ -106,19 +138,8 @@ class ArchitectureParameters(nn.Module):
         Raises:
             ValueError: if the temperature is not positive.
         """
-        if not temperature > 0:
-            raise ValueError(f"temperature: expected a positive number, got {temperature}")
         logits = self.padded_logits()
-        exponential = torch.empty(logits.shape).exponential_(generator=generator)
-        # exponential_ may return 0 in float32, whose log is -inf; clamp to the smallest normal.
-        tiny = torch.finfo(exponential.dtype).tiny
-        gumbel = -exponential.clamp_min(tiny).log().to(logits)
-        soft = ((logits + gumbel) / temperature).softmax(1)
-        if hard:
-            one_hot = F.one_hot(soft.argmax(1), soft.shape[1]).to(soft)
-            # The bracket is exactly zero, so the forward value is exactly one-hot.
-            soft = one_hot + (soft - soft.detach())
-        return self._split(soft)
+        return self._split(gumbel_softmax(logits, temperature, hard=hard, generator=generator))
 
     def log_probability(self, architecture: Architecture) -> Float[Tensor, ""]:
         """Log of the probability of an architecture under softmax(alpha), with gradient.

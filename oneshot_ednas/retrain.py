@@ -1,12 +1,14 @@
-"""Train one network from scratch: a derived one, the base network, any architecture."""
+"""Train one network from scratch: a derived one, the base network, any architecture or module."""
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from oneshot_ednas.architecture import Architecture
 from oneshot_ednas.balancing import FIXED, BalancingConfig
@@ -19,6 +21,7 @@ from oneshot_ednas.tasks import Task
 from oneshot_ednas.training import (
     LoopConfig,
     OptimizerConfig,
+    ParameterGroup,
     StageLog,
     calibration_images,
     check_finite,
@@ -53,8 +56,138 @@ class RetrainConfig:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
 
 
-class StandAloneTraining:
-    """One network, trained from scratch step by step: what retraining and every trial do."""
+class NetworkTraining:
+    """A network for tasks, trained from scratch step by step."""
+
+    def __init__(
+        self,
+        config: RetrainConfig,
+        build: Callable[[], nn.Module],
+        tasks: Mapping[str, Task],
+        split: PackedSplit,
+        *,
+        identity: object,
+        label: object,
+        stage: str,
+        augmentation: AugmentConfig,
+        seed: int,
+        device: torch.device,
+        lr_scales: Mapping[str, float] | None = None,
+    ) -> None:
+        """Build network and optimizer at step 0.
+
+        Args:
+            config: the training.
+            build: makes the network with new weights, drawn from torch's generator on the CPU:
+                `network(images) -> {task: raw map}`. Its forward pass draws nothing at random.
+            tasks: the tasks.
+            split: the training set.
+            identity: what tells the network from others of this stage, as JSON has it: a checkpoint
+                of another is refused.
+            label: names the network in messages.
+            stage: name in messages, for example `retrain.seed_0`.
+            augmentation: of the batches.
+            seed: of weights, order and augmentation.
+            device: where to train.
+            lr_scales: factors of the learning rate by the name of a module of the network, for all
+                weights in it; 1 for the others.
+
+        Raises:
+            ValueError: if the network has no module of a name in `lr_scales`.
+        """
+        self.config, self.label, self.tasks = config, label, dict(tasks)
+        self.identity: object = json.loads(json.dumps(identity))  # as a checkpoint gives it back
+        self.split, self.stage, self.augmentation = split, stage, augmentation
+        self.seed, self.device = seed, device
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(torch_generator(seed, "network").initial_seed())
+            self.network = build().to(device)
+        self.optimizer = config.optimizer.build(parameter_groups(self.network, lr_scales or {}))
+        self.balancing = config.balancing.build(
+            tasks, epoch_steps=len(split) // config.batch_size, device=device
+        )
+        self.balancing.add_to(self.optimizer)
+        self.network.train()
+
+    def take_step(self, step: int) -> dict[str, float | Tensor]:
+        """One step; returns numbers to log.
+
+        Raises:
+            RuntimeError: if a loss or the gradient is not finite.
+        """
+        config, where = self.config, f"{self.stage} step {step}"
+        config.optimizer.apply(self.optimizer, step, config.steps)
+        batch = training_batch(
+            self.split,
+            name="retrain",
+            step=step,
+            batch_size=config.batch_size,
+            seed=self.seed,
+            augmentation=self.augmentation,
+            device=self.device,
+        )
+        self.optimizer.zero_grad(set_to_none=True)
+        losses = task_losses(self.tasks, self.network(batch["image"]), batch)
+        check_finite(losses, where=where, run=lambda: self.label)
+        loss, balance = self.balancing.loss(losses), self.balancing.values()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(
+            self.network.parameters(), config.optimizer.clip_grad_norm
+        )
+        check_gradient(norm, where=where, run=lambda: self.label)
+        self.optimizer.step()
+        self.balancing.end_step(losses)
+        values = {f"loss/{name}": value.detach() for name, value in losses.items()}
+        return {"loss/weights": loss.detach(), **values, **balance}
+
+    def recalibrate(self) -> None:
+        """Recompute the BN statistics; training goes on as if nothing had happened."""
+        images = calibration_images(
+            self.split,
+            num_batches=self.config.calibration_batches,
+            batch_size=self.config.batch_size,
+            seed=self.seed,
+            device=self.device,
+        )
+        recalibrate_bn(self.network, images)
+
+    def state_dict(self, step: int) -> dict[str, Any]:
+        """All state that later steps depend on."""
+        return {
+            "stage": "retrain",
+            "step": step,
+            "seed": self.seed,
+            "architecture": self.identity,
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "balancing": self.balancing.state_dict(),
+        }
+
+    def resume(self, checkpoint: Path) -> int:
+        """Continue from a checkpoint file where there is one; returns the finished steps.
+
+        Raises:
+            ValueError: if it is damaged, or of another training or balancing.
+        """
+        if not checkpoint.exists():
+            return 0
+        state = load_checkpoint(checkpoint)
+        held = (state.get("stage"), state.get("architecture"), state.get("seed"))
+        if held != ("retrain", self.identity, self.seed):
+            raise ValueError(
+                f"{checkpoint}: holds another training, architecture or seed; "
+                f"delete it to train anew"
+            )
+        self.balancing.load_state_dict(state.get("balancing", FIXED))
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        return int(state["step"])
+
+
+class StandAloneTraining(NetworkTraining):
+    """An architecture's network, trained from scratch: what retraining and every trial do."""
+
+    network: Network
 
     def __init__(
         self,
@@ -85,93 +218,47 @@ class StandAloneTraining:
         Raises:
             ValueError: if the architecture is not in the space.
         """
-        self.config, self.architecture, self.tasks = config, architecture, dict(tasks)
-        self.split, self.stage, self.augmentation = split, stage, augmentation
-        self.seed, self.device = seed, device
+        self.architecture = architecture
         channels = {name: task.out_channels for name, task in tasks.items()}
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(torch_generator(seed, "network").initial_seed())
-            self.network = build_network(space.fix(architecture), channels).to(device)
-        self.optimizer = config.optimizer.build(self.network.parameters())
-        self.balancing = config.balancing.build(
-            tasks, epoch_steps=len(split) // config.batch_size, device=device
+        super().__init__(
+            config,
+            partial(build_network, space.fix(architecture), channels),
+            tasks,
+            split,
+            identity=architecture.to_json()["blocks"],
+            label=architecture,
+            stage=stage,
+            augmentation=augmentation,
+            seed=seed,
+            device=device,
         )
-        self.balancing.add_to(self.optimizer)
-        self.network.train()
 
-    def take_step(self, step: int) -> dict[str, float | Tensor]:
-        """One step; returns numbers to log.
 
-        Raises:
-            RuntimeError: if a loss or the gradient is not finite.
-        """
-        config, where = self.config, f"{self.stage} step {step}"
-        config.optimizer.apply(self.optimizer, step, config.steps)
-        batch = training_batch(
-            self.split,
-            name="retrain",
-            step=step,
-            batch_size=config.batch_size,
-            seed=self.seed,
-            augmentation=self.augmentation,
-            device=self.device,
-        )
-        self.optimizer.zero_grad(set_to_none=True)
-        losses = task_losses(self.tasks, self.network(batch["image"]), batch)
-        check_finite(losses, where=where, run=lambda: self.architecture)
-        loss, balance = self.balancing.loss(losses), self.balancing.values()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(
-            self.network.parameters(), config.optimizer.clip_grad_norm
-        )
-        check_gradient(norm, where=where, run=lambda: self.architecture)
-        self.optimizer.step()
-        self.balancing.end_step(losses)
-        values = {f"loss/{name}": value.detach() for name, value in losses.items()}
-        return {"loss/weights": loss.detach(), **values, **balance}
+def parameter_groups(network: nn.Module, lr_scales: Mapping[str, float]) -> list[ParameterGroup]:
+    """The weights of a network by the factor of their learning rate.
 
-    def recalibrate(self) -> None:
-        """Recompute the BN statistics; training goes on as if nothing had happened."""
-        images = calibration_images(
-            self.split,
-            num_batches=self.config.calibration_batches,
-            batch_size=self.config.batch_size,
-            seed=self.seed,
-            device=self.device,
-        )
-        recalibrate_bn(self.network, images)
+    Args:
+        network: the network.
+        lr_scales: factors by the name of a module, for all weights in it; of nested modules the
+            inner one's holds, and 1 for weights in none of them.
 
-    def state_dict(self, step: int) -> dict[str, Any]:
-        """All state that later steps depend on."""
-        return {
-            "stage": "retrain",
-            "step": step,
-            "seed": self.seed,
-            "architecture": self.architecture.to_json()["blocks"],
-            "network": self.network.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "balancing": self.balancing.state_dict(),
-        }
-
-    def resume(self, checkpoint: Path) -> int:
-        """Continue from a checkpoint file where there is one; returns the finished steps.
-
-        Raises:
-            ValueError: if it is damaged, or of another training or balancing.
-        """
-        if not checkpoint.exists():
-            return 0
-        state = load_checkpoint(checkpoint)
-        held = (state.get("stage"), state.get("architecture"), state.get("seed"))
-        if held != ("retrain", self.architecture.to_json()["blocks"], self.seed):
-            raise ValueError(
-                f"{checkpoint}: holds another training, architecture or seed; "
-                f"delete it to train anew"
-            )
-        self.balancing.load_state_dict(state.get("balancing", FIXED))
-        self.network.load_state_dict(state["network"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        return int(state["step"])
+    Raises:
+        ValueError: if the network has no module of that name.
+    """
+    if not lr_scales:
+        return [{"params": list(network.parameters())}]
+    modules = dict(network.named_modules())
+    for name in lr_scales:
+        if name not in modules:
+            raise ValueError(f"lr_scales: the network has no module {name}")
+    groups: dict[float, list[nn.Parameter]] = {1.0: []}
+    for name, parameter in network.named_parameters():
+        # From the whole name on, one module less at a time.
+        ends = [len(name), *(i for i, sign in enumerate(name) if sign == ".")]
+        inside = [name[:end] for end in sorted(ends, reverse=True) if name[:end] in lr_scales]
+        scale = lr_scales[inside[0]] if inside else 1.0
+        groups.setdefault(scale, []).append(parameter)
+    return [{"params": group, "lr_scale": scale} for scale, group in groups.items() if group]
 
 
 def retrain(
@@ -224,6 +311,34 @@ def retrain(
         seed=seed,
         device=device,
     )
+    train_to_end(training, folder=folder, checkpoint=checkpoint, on_save=on_save)
+    return training.network
+
+
+def train_to_end(
+    training: NetworkTraining,
+    *,
+    folder: Path,
+    checkpoint: Path,
+    on_save: Callable[[], None] = lambda: None,
+) -> nn.Module:
+    """Take the steps of a new training that are left, from its checkpoint on where there is one.
+
+    Args:
+        training: the training, at step 0.
+        folder: the run folder, for the log.
+        checkpoint: the checkpoint file.
+        on_save: called after each checkpoint.
+
+    Returns:
+        The trained network with recalibrated BN statistics.
+
+    Raises:
+        Interrupted: after Ctrl-C, once the checkpoint is written.
+        RuntimeError: if a loss is not finite.
+        ValueError: if the checkpoint is damaged or of another training.
+    """
+    config = training.config
     start = training.resume(checkpoint)
     if start == config.steps:
         return training.network
@@ -237,9 +352,9 @@ def retrain(
     def describe(values: Mapping[str, float]) -> str:
         return "  ".join(
             [f"loss {values['loss/weights']:.3f}"]
-            + [f"{name} {values[f'loss/{name}']:.3f}" for name in tasks]
+            + [f"{name} {values[f'loss/{name}']:.3f}" for name in training.tasks]
         )
 
-    with StageLog(folder, stage, total=config.steps, start=start) as log:
+    with StageLog(folder, training.stage, total=config.steps, start=start) as log:
         run_steps(log, training.take_step, save, describe, config.loop)
     return training.network

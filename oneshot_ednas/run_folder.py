@@ -5,21 +5,21 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
 import numpy as np
 import torch
 
 from oneshot_ednas import __version__
 from oneshot_ednas.architecture import Architecture
-from oneshot_ednas.config import ExperimentConfig, first_difference, what_defines
+from oneshot_ednas.config import C, ExperimentConfig, first_difference, what_defines
 from oneshot_ednas.data.order import split_indices
 from oneshot_ednas.data.packed import PackedSplit
-from oneshot_ednas.data.source import load_data
+from oneshot_ednas.data.source import DataConfig, load_data
 from oneshot_ednas.data.targets import is_valid
 from oneshot_ednas.latency.costs import SpaceCosts
 from oneshot_ednas.latency.operations import network_macs
@@ -80,6 +80,16 @@ class RunFiles:
         return self.folder / "architecture.json"
 
     @property
+    def branching(self) -> Path:
+        """Which tasks share which layers, as found."""
+        return self.folder / "branching.json"
+
+    @property
+    def policy(self) -> Path:
+        """Which operators each task shares, has for itself or skips, as found."""
+        return self.folder / "policy.json"
+
+    @property
     def candidates(self) -> Path:
         """The ranked candidates and the Pareto front."""
         return self.folder / "candidates.json"
@@ -118,57 +128,39 @@ class RunFiles:
         return self.folder / "checkpoints" / f"{stage}.safetensors"
 
 
-class Problem:
-    """What is searched for: a config with its space, tasks, table and target, and a run folder."""
+class RunFolder(Generic[C]):
+    """A config with its tasks and device, and the folder of its run."""
 
-    def __init__(
-        self, config: ExperimentConfig, folder: Path, *, is_reopened: bool = False
-    ) -> None:
-        """Load and check what the config names, but the data.
+    def __init__(self, config: C, folder: Path, *, is_reopened: bool = False) -> None:
+        """Check what every kind of run has, but the data.
 
         Args:
             config: the config, its files named as `load_config` does.
             folder: the run folder; need not exist yet.
-            is_reopened: take space and table from the folder, so that a run can go on where they
-                are no longer as they were.
+            is_reopened: take from the folder what it keeps of the config's files, so that a run can
+                go on where they are no longer as they were.
 
         Raises:
-            ValueError: for whatever is wrong in config, space, table or target.
-            FileNotFoundError: for a missing file.
+            ValueError: for whatever is wrong in device or tasks.
         """
         self.config, self.files = config, RunFiles(folder)
         self.is_reopened = is_reopened
         self.device = choose_device(config.device)
         self.tasks: dict[str, Task] = make_tasks(config.tasks)
         self.out_channels = {name: task.out_channels for name, task in self.tasks.items()}
-        space = str(self.files.space) if is_reopened else config.space
-        self.space = named_space(space)
-        table = self.files.table if is_reopened else find_file(config.latency.table)
-        self.table = replace(LatencyTable.load(table), name=Path(config.latency.table).name)
-        self.table.check_image_size(*config.data.image_size)
-        if self.table.header.held_out_mape is None and not config.latency.allow_uncalibrated:
-            raise ValueError(
-                f"the error of {self.table.name} on whole networks is unknown (its header has no "
-                f"held_out_mape); use a calibrated table, or go on with --allow-uncalibrated or, "
-                f"where a command lacks it, --set latency.allow_uncalibrated=true"
-            )
-        self.costs: SpaceCosts = self.table.costs(self.space, self.out_channels)
-        self.target_ms = config.latency.target_ms
-        check_target(self.table, self.space, self.out_channels, self.target_ms)
-
-    # Folder ---------------------------------------------------------------------------------
 
     def open(self, *, resume: bool) -> None:
         """Start the run folder, or go on with it.
 
         Raises:
-            ValueError: if the folder holds another config, space, table or data order, something
-                else than a run, or this run and `resume` was not asked for.
+            ValueError: if the folder holds another config, other contents or another data order,
+                something else than a run, or this run and `resume` was not asked for.
         """
         files = self.files
         if files.config.exists():
-            held = load_yaml(files.config, ExperimentConfig)
-            difference = first_difference(what_defines(held), what_defines(self.config))
+            difference = first_difference(
+                what_defines(self._held_config()), what_defines(self.config)
+            )
             if difference:
                 raise ValueError(
                     f"{files.folder} already holds a run of another config ({difference}); "
@@ -179,8 +171,6 @@ class Problem:
         elif files.folder.exists() and any(files.folder.iterdir()):
             raise ValueError(f"{files.folder} is not empty and holds no run; choose another --out")
         contents = self._contents
-        if self.is_reopened:
-            del contents[files.space], contents[files.table]  # they came from there
         for path, (what, text) in contents.items():
             if path != files.config and path.exists() and self._held(path) != text:
                 raise ValueError(
@@ -190,22 +180,22 @@ class Problem:
         for path, (_, text) in contents.items():
             write_text(path, text)
 
+    def _held_config(self) -> C:
+        try:
+            return load_yaml(self.files.config, type(self.config))
+        except ValueError as error:
+            raise ValueError(
+                f"{self.files.folder} already holds a run of another kind or version ({error}); "
+                f"choose another --out"
+            ) from None
+
     @property
     def _contents(self) -> dict[Path, tuple[str, str]]:
         """What defines the run: per file its name in messages and its text; the config last."""
-        files = self.files
-        return {
-            files.space: ("search space", self.space.to_yaml()),
-            files.table: ("latency table", self.table.to_text()),
-            files.config: ("config", dump_yaml(self.config)),
-        }
+        return {self.files.config: ("config", dump_yaml(self.config))}
 
     def _held(self, path: Path) -> str:
-        """Text of a file of the folder, of space and table in the form that is written now."""
-        if path == self.files.space:
-            return SearchSpace.load(path).to_yaml()
-        if path == self.files.table:
-            return LatencyTable.load(path).to_text()
+        """Text of a file of the folder, in the form that is written now."""
         return path.read_text(encoding="utf-8")
 
     @contextmanager
@@ -239,6 +229,147 @@ class Problem:
         path = self.files.seconds
         return dict(read_json(path)) if path.exists() else {}
 
+
+@dataclass(frozen=True, kw_only=True)
+class Frames:
+    """The frames of a run: the training split with its parts, and the test split."""
+
+    train: PackedSplit
+    test: PackedSplit
+    indices: dict[str, list[int]]
+    """Rows of the training split by the name of the part."""
+
+    @classmethod
+    def load(
+        cls,
+        config: DataConfig,
+        tasks: Mapping[str, Task],
+        *,
+        splits: dict[str, float],
+        seed: int,
+    ) -> "Frames":
+        """Load the data and divide the training split.
+
+        Args:
+            config: the data.
+            tasks: the tasks; each needs its target.
+            splits: share of the training split by the name of the part.
+            seed: of the division.
+
+        Raises:
+            ValueError: for whatever is wrong in the data.
+            FileNotFoundError: for a missing folder or manifest.
+        """
+        train, test = load_data(config, tasks)
+        return cls(train=train, test=test, indices=split_indices(len(train), splits, seed))
+
+    def part(self, name: str) -> PackedSplit:
+        """A part of the training split, for example `weights`, `alpha` or `validation`."""
+        return self.train.subset(self.indices[name])
+
+    @property
+    def sources(self) -> dict[str, list[str]]:
+        """Frames of the parts."""
+        sources = self.train.sources
+        return {name: [sources[i] for i in part] for name, part in self.indices.items()}
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """What images and targets of the training and the test split hold."""
+        return {split.name: split.digest() for split in (self.train, self.test)}
+
+    def contents(self, files: RunFiles) -> dict[Path, tuple[str, str]]:
+        """What a run folder keeps of them, as of `RunFolder._contents`."""
+        return {
+            files.splits: ("data", json.dumps(self.sources, indent=1) + "\n"),
+            files.data: ("data", json.dumps(self.digests, indent=1) + "\n"),
+        }
+
+    def check_batches(self, setting: str, batch_size: int, *parts: str) -> None:
+        """Refuse batches larger than what they are drawn from.
+
+        Args:
+            setting: names the batch size, for example `search.batch_size`.
+            batch_size: frames of a batch.
+            parts: the parts that batches are drawn from; none for the whole training split.
+
+        Raises:
+            ValueError: naming the setting.
+        """
+        count = min((len(self.indices[name]) for name in parts), default=len(self.train))
+        if batch_size <= count:
+            return
+        words = [name.removesuffix("s") for name in parts] or ["training"]
+        smaller = f"smaller of the {' and '.join(words)} splits"
+        where = smaller if len(words) > 1 else f"{words[0]} split"
+        raise ValueError(
+            f"{setting} is {batch_size}, the {where} has {count} frames; lower it or use more "
+            f"frames"
+        )
+
+    def check_scored(self, tasks: Mapping[str, Task]) -> None:
+        """Refuse splits on which a metric would have nothing to score, before training for it.
+
+        Raises:
+            ValueError: if no frame of the test split or the part `validation` has a valid pixel.
+        """
+        scored = {"test": self.test, "validation": self.part("validation")}
+        for part, split in scored.items():
+            for name, task in tasks.items():
+                rows = (split.arrays[name][row] for row in split.indices)
+                if not any(is_valid(split.kinds[name], row).any() for row in rows):
+                    raise ValueError(
+                        f"none of the {len(split)} {part} frames has a valid pixel of "
+                        f"{task.target}; give it more frames, or leave the task out"
+                    )
+
+
+class Problem(RunFolder[ExperimentConfig]):
+    """What is searched for: a config with its space, tasks, table and target, and a run folder."""
+
+    def __init__(
+        self, config: ExperimentConfig, folder: Path, *, is_reopened: bool = False
+    ) -> None:
+        """Load and check what the config names, but the data.
+
+        Args:
+            config: the config, its files named as `load_config` does.
+            folder: the run folder; need not exist yet.
+            is_reopened: take space and table from the folder, so that a run can go on where they
+                are no longer as they were.
+
+        Raises:
+            ValueError: for whatever is wrong in config, space, table or target.
+            FileNotFoundError: for a missing file.
+        """
+        super().__init__(config, folder, is_reopened=is_reopened)
+        space = str(self.files.space) if is_reopened else config.space
+        self.space = named_space(space)
+        table = self.files.table if is_reopened else find_file(config.latency.table)
+        self.table = replace(LatencyTable.load(table), name=Path(config.latency.table).name)
+        self.table.check_image_size(*config.data.image_size)
+        self.table.check_calibrated(allowed=config.latency.allow_uncalibrated)
+        self.costs: SpaceCosts = self.table.costs(self.space, self.out_channels)
+        self.target_ms = config.latency.target_ms
+        check_target(self.table, self.space, self.out_channels, self.target_ms)
+
+    @property
+    def _contents(self) -> dict[Path, tuple[str, str]]:
+        files = self.files
+        searched = {
+            files.space: ("search space", self.space.to_yaml()),
+            files.table: ("latency table", self.table.to_text()),
+        }
+        # A reopened run has them from there.
+        return ({} if self.is_reopened else searched) | super()._contents
+
+    def _held(self, path: Path) -> str:
+        if path == self.files.space:
+            return SearchSpace.load(path).to_yaml()
+        if path == self.files.table:
+            return LatencyTable.load(path).to_text()
+        return super()._held(path)
+
     # Figures --------------------------------------------------------------------------------
 
     def macs(self, architecture: Architecture) -> int:
@@ -268,8 +399,8 @@ class Problem:
             "gmacs": self.macs(architecture) / 1e9,
             "reward": statistics.fmean(rewards),
             "reward_per_seed": rewards,
-            "metrics": _over_seeds(scores, statistics.fmean),
-            "metrics_std": _over_seeds(scores, statistics.stdev) if len(scores) > 1 else None,
+            "metrics": over_seeds(scores, statistics.fmean),
+            "metrics_std": over_seeds(scores, statistics.stdev) if len(scores) > 1 else None,
         }
 
 
@@ -291,62 +422,37 @@ class Experiment(Problem):
             FileNotFoundError: for a missing file.
         """
         super().__init__(config, folder, is_reopened=is_reopened)
-        self.train, self.test = load_data(config.data, self.tasks)
         split_seed = config.search.split_seed
-        indices = split_indices(
-            len(self.train),
-            config.search.splits,
-            config.seed if split_seed is None else split_seed,
+        self.frames = Frames.load(
+            config.data,
+            self.tasks,
+            splits=config.search.splits,
+            seed=config.seed if split_seed is None else split_seed,
         )
-        smallest = min(len(indices["weights"]), len(indices["alpha"]))
-        if config.search.batch_size > smallest:
-            raise ValueError(
-                f"search.batch_size is {config.search.batch_size}, the smaller of the weight and "
-                f"alpha splits has {smallest} frames; lower it or use more frames"
-            )
-        if config.retrain.batch_size > len(self.train):
-            raise ValueError(
-                f"retrain.batch_size is {config.retrain.batch_size}, the training split has "
-                f"{len(self.train)} frames; lower it or use more frames"
-            )
+        self.train, self.test = self.frames.train, self.frames.test
+        self.indices = self.frames.indices
+        self.frames.check_batches("search.batch_size", config.search.batch_size, "weights", "alpha")
+        self.frames.check_batches("retrain.batch_size", config.retrain.batch_size)
         self.baselines = {name: self.baseline(name) for name in config.baselines}
-        self.indices = indices
-        self._check_scored()
-
-    def _check_scored(self) -> None:
-        """Refuse splits on which a metric would have nothing to score, before training for it."""
-        scored = {"test": self.test, "validation": self.part("validation")}
-        for part, split in scored.items():
-            for name, task in self.tasks.items():
-                rows = (split.arrays[name][row] for row in split.indices)
-                if not any(is_valid(split.kinds[name], row).any() for row in rows):
-                    raise ValueError(
-                        f"none of the {len(split)} {part} frames has a valid pixel of "
-                        f"{task.target}; give it more frames, or leave the task out"
-                    )
+        self.frames.check_scored(self.tasks)
 
     @property
     def _contents(self) -> dict[Path, tuple[str, str]]:
-        return {
-            self.files.splits: ("data", json.dumps(self.split_sources, indent=1) + "\n"),
-            self.files.data: ("data", json.dumps(self.data_digests, indent=1) + "\n"),
-            **super()._contents,
-        }
+        return self.frames.contents(self.files) | super()._contents
 
     @property
     def split_sources(self) -> dict[str, list[str]]:
         """Frames of the weight, alpha and validation splits."""
-        sources = self.train.sources
-        return {name: [sources[i] for i in part] for name, part in self.indices.items()}
+        return self.frames.sources
 
     @property
     def data_digests(self) -> dict[str, str]:
         """What images and targets of the training and the test split hold."""
-        return {split.name: split.digest() for split in (self.train, self.test)}
+        return self.frames.digests
 
     def part(self, name: str) -> PackedSplit:
         """The `weights`, `alpha` or `validation` split."""
-        return self.train.subset(self.indices[name])
+        return self.frames.part(name)
 
     def trainer(self, *, with_test: bool = False) -> StandAloneTrainer:
         """What trains and scores a trial: on all training frames but those of the validation split.
@@ -394,7 +500,8 @@ class Experiment(Problem):
         )
 
 
-def _over_seeds(scores: Sequence[Metrics], statistic: Callable[[list[float]], float]) -> Metrics:
+def over_seeds(scores: Sequence[Metrics], statistic: Callable[[list[float]], float]) -> Metrics:
+    """Each metric over the seeds, for example its mean."""
     return {
         task: {name: statistic([metrics[task][name] for metrics in scores]) for name in values}
         for task, values in scores[0].items()

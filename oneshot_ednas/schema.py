@@ -5,6 +5,7 @@ Every error is one line that names the file, the line, what was expected and wha
 
 import dataclasses
 import difflib
+import importlib
 import json
 import math
 import types
@@ -174,6 +175,37 @@ def nearest(word: str, known: Iterable[str]) -> str:
     names = sorted(known)
     close = difflib.get_close_matches(word, names, n=1)
     return f"did you mean {close[0]}?" if close else f"known: {', '.join(names)}"
+
+
+def imported(name: str, cls: type[T] | None = None, *, what: str) -> Any:
+    """A user's own object, named `package.module:NAME`.
+
+    Args:
+        name: of the object.
+        cls: the class that it is of; None for anything that can be called.
+        what: names it in messages, for example `task kind`.
+
+    Raises:
+        ValueError: if there is none, or it is something else.
+    """
+    place, _, attribute = name.partition(":")
+    if not all(part.isidentifier() for part in (*place.split("."), attribute)):
+        raise ValueError(f"{what} {name}: expected package.module:NAME")
+    try:
+        module = importlib.import_module(place)
+    except ImportError as error:
+        raise ValueError(f"{what} {name}: cannot import {place}: {error}") from None
+    if not hasattr(module, attribute):
+        raise ValueError(f"{what} {name}: module {place} has no {attribute}")
+    found = getattr(module, attribute)
+    if cls is None and not callable(found):
+        raise ValueError(f"{what} {name}: expected a function, got {type(found).__name__}")
+    if cls is not None and not isinstance(found, cls):
+        raise ValueError(
+            f"{what} {name}: expected an {cls.__module__.rpartition('.')[0]}.{cls.__name__}, got "
+            f"{type(found).__name__}"
+        )
+    return found
 
 
 def _compose(text: str, source: str) -> yaml.Node | None:

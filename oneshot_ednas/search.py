@@ -354,8 +354,8 @@ class OneShotSearch:
         paths = self.sample_paths(step, uniform=uniform)
         runs = paths
         if self.config.sandwich:
-            largest = self.extreme(paths[0], largest=True)
-            runs = [largest, *paths, self.extreme(paths[-1], largest=False)]
+            largest = self.space.extreme(paths[0], largest=True)
+            runs = [largest, *paths, self.space.extreme(paths[-1], largest=False)]
         first: dict[str, Tensor] | None = None
         total, logged = torch.zeros(()), dict[str, Tensor]()
         balance, trained = self.balancing.values(), list[dict[str, Tensor]]()
@@ -535,14 +535,6 @@ class OneShotSearch:
             generator = numpy_generator(self.seed, "deal", position, deal)
             indices.append(int(generator.permutation(len(choice.options))[place]))
         return indices
-
-    def extreme(self, path: Architecture, *, largest: bool) -> Architecture:
-        """The largest or smallest architecture with the ops of a path."""
-        indices = [
-            index if choice.field == "op" else (len(choice.options) - 1 if largest else 0)
-            for index, choice in zip(self.space.encode(path), self.space.choices, strict=True)
-        ]
-        return self.space.decode(indices)
 
     def _count(self, architecture: Architecture) -> None:
         rows = torch.tensor(self.space.encode(architecture))

@@ -295,6 +295,18 @@ class SearchSpace:
         """
         return self.decode([_draw(generator, len(choice.options)) for choice in self.choices])
 
+    def extreme(self, architecture: Architecture, *, largest: bool) -> Architecture:
+        """The largest or smallest architecture with the ops of another.
+
+        Raises:
+            ValueError: if the other is not in the space.
+        """
+        indices = [
+            index if choice.field == "op" else (len(choice.options) - 1 if largest else 0)
+            for index, choice in zip(self.encode(architecture), self.choices, strict=True)
+        ]
+        return self.decode(indices)
+
     def mutate(self, architecture: Architecture, generator: Generator) -> Architecture:
         """The architecture with one choice, drawn uniformly, set to another of its options.
 

@@ -11,10 +11,11 @@ import signal
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -31,18 +32,35 @@ from oneshot_ednas.tasks import Task, lower_is_better
 
 Batch = dict[str, Tensor]
 Metrics = dict[str, dict[str, float]]
+ParameterGroup = dict[str, Any]
+"""Of an optimizer: `params`, and `lr_scale` where it has a factor of the learning rate."""
 
 STEP_FACTOR = 3
 """Multiply-adds of a training step over those of its forward pass: a convolution's backward pass
 is two more convolutions of its size, one for its input and one for its weights."""
 
 
+POLY_POWER = 0.9
+"""Exponent of the `poly` schedule.
+
+Source:
+    Chen et al., DeepLab, TPAMI 2018, https://arxiv.org/abs/1606.00915
+"""
+
+
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """Adam with a cosine learning rate, as in EDNAS section 4.1."""
+    """How weights are trained; the defaults are Adam with a cosine, as in EDNAS section 4.1."""
 
+    kind: Literal["adam", "sgd"] = "adam"
     learning_rate: float = 3e-3
     weight_decay: float = 1e-5
+    """Added to the gradient, times the weight."""
+    momentum: float = 0.9
+    """`sgd`: share of the last step that is taken again."""
+    schedule: Literal["cosine", "poly"] = "cosine"
+    """`cosine`: half a cosine from the learning rate down to 0; `poly`: the learning rate times
+    (1 - step / steps) ** 0.9, as in BMTAS appendix A. Both run over the steps after the rise."""
     warmup_fraction: float = 0.05
     """Share of the steps in which the learning rate rises from 0."""
     clip_grad_norm: float = 5.0
@@ -57,22 +75,53 @@ class OptimizerConfig:
             )
         if not 0 <= self.warmup_fraction < 1:
             raise ValueError(f"warmup_fraction: expected 0 to below 1, got {self.warmup_fraction}")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum: expected 0 to below 1, got {self.momentum}")
 
-    def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Adam:
-        """The optimizer at step 0."""
-        return torch.optim.Adam(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
+    def build(
+        self, parameters: Iterable[nn.Parameter] | Sequence[ParameterGroup]
+    ) -> torch.optim.Optimizer:
+        """The optimizer at step 0.
+
+        Args:
+            parameters: the weights, or groups of them; of a group with an `lr_scale`, that is a
+                factor of the learning rate.
+
+        Raises:
+            ValueError: if a factor is not positive.
+        """
+        given: list[Any] = list(parameters)
+        for group in given:
+            scale = group.get("lr_scale", 1.0) if isinstance(group, dict) else 1.0
+            if not 0 < scale < math.inf:
+                raise ValueError(f"lr_scale: expected a positive number, got {scale}")
+        rate, decay = self.learning_rate, self.weight_decay
+        if self.kind == "sgd":
+            return torch.optim.SGD(given, lr=rate, weight_decay=decay, momentum=self.momentum)
+        return torch.optim.Adam(given, lr=rate, weight_decay=decay)
 
     def rate_at(self, step: int, num_steps: int) -> float:
-        """Learning rate of a step: a linear rise, then half a cosine down to 0."""
+        """Learning rate of a step, before a group's factor: a linear rise, then the schedule."""
         rise = self.warmup_fraction * num_steps
         if step < rise:
             return self.learning_rate * (step + 1) / (rise + 1)
         progress = (step - rise) / max(num_steps - rise, 1)
+        if self.schedule == "poly":
+            return self.learning_rate * (1 - progress) ** POLY_POWER
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
     def apply(self, optimizer: torch.optim.Optimizer, step: int, num_steps: int) -> None:
-        """Set the learning rate of a step; groups after the weights' keep their own."""
-        optimizer.param_groups[0]["lr"] = self.rate_at(step, num_steps)
+        """Set the learning rate of a step.
+
+        That of the first group and of those with an `lr_scale`; others, which were added after the
+        weights', keep their own.
+        """
+        rate = self.rate_at(step, num_steps)
+        for index, group in enumerate(optimizer.param_groups):
+            if "lr_scale" in group:
+                group["lr"] = rate * group["lr_scale"]
+            elif index == 0:
+                group["lr"] = rate
 
 
 # Seeds --------------------------------------------------------------------------------------

@@ -406,6 +406,48 @@ def test_recalibration_takes_no_gradient_and_needs_a_batch(supernets):
         recalibrate_bn(supernet, [], supernet.space.base_architecture)
 
 
+class Twice(nn.Module):
+    """Torch's own BN: one layer runs before and after a square, one only where it is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.other = nn.BatchNorm2d(3), nn.BatchNorm2d(3, momentum=0.3)
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, images: torch.Tensor, path: str = "") -> torch.Tensor:
+        features = self.dropout(self.norm(images))
+        features = self.norm(images**2)
+        return self.other(features) if path == "other" else features
+
+
+def test_statistics_of_other_modules_are_averages_over_the_runs_of_each_layer():
+    network = Twice()
+    network.other.eval()
+    for tensor in (network.norm.running_mean, network.other.running_var):
+        tensor.fill_(7)
+    batches = [images_of(2, 3, 5, 4, seed=seed) for seed in range(3)]
+    state = torch.random.get_rng_state()
+    recalibrate_bn(network, iter(batches))
+    assert torch.equal(torch.random.get_rng_state(), state)  # nothing is dropped meanwhile
+    assert (network.norm.momentum, network.other.momentum) == (0.1, 0.3)
+    assert network.training
+    assert network.norm.training
+    assert not network.other.training
+    runs = [x.double().numpy() for images in batches for x in (images, images**2)]
+    axes = (0, 2, 3)
+    means = np.mean([x.mean(axes) for x in runs], 0)
+    variances = np.mean([x.var(axes, ddof=1) for x in runs], 0)
+    np.testing.assert_allclose(network.norm.running_mean.numpy(), means, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(network.norm.running_var.numpy(), variances, rtol=1e-5)
+    assert network.other.running_mean.tolist() == [0, 0, 0]  # never run
+    assert network.other.running_var.tolist() == [1, 1, 1]
+    recalibrate_bn(network, batches, "other")
+    assert (network.other.running_mean.abs() < 1e-5).all()  # of what is normalised already
+    assert (network.other.running_var != 1).all()
+    with pytest.raises(ValueError, match="recalibrating BN needs at least one batch of images"):
+        recalibrate_bn(network, [])
+
+
 # Refusals -----------------------------------------------------------------------------------
 
 

@@ -16,17 +16,19 @@ from tiny import new_run, tiny_table
 from oneshot_ednas.architecture import Architecture
 from oneshot_ednas.cli.runs import reopen
 from oneshot_ednas.config import ExperimentConfig, load_config
+from oneshot_ednas.data.source import DataConfig
 from oneshot_ednas.derive import BudgetSearch
 from oneshot_ednas.export.edgetpu import MAX_VERSIONS
 from oneshot_ednas.latency.operations import network_macs
 from oneshot_ednas.latency.table import LatencyTable
 from oneshot_ednas.pipeline import OneShotRun, run_all
 from oneshot_ednas.ranking import rank_candidates
-from oneshot_ednas.retrain import retrain
-from oneshot_ednas.run_folder import RunFiles
+from oneshot_ednas.retrain import RetrainConfig, retrain
+from oneshot_ednas.run_folder import Frames, RunFiles, RunFolder
 from oneshot_ednas.schema import load_yaml, read_json
 from oneshot_ednas.space import SearchSpace
 from oneshot_ednas.store import load_checkpoint, write_json
+from oneshot_ednas.tasks import TaskConfig
 from oneshot_ednas.training import Interrupted, StageLog, derived_seed, take_in_log
 from oneshot_ednas.workers import open_workers
 
@@ -581,3 +583,70 @@ def test_runs_of_different_seeds_can_share_their_splits(project, tmp_path):
     ]
     own = new_run(project, tmp_path / "own", overrides=["seed=1"]).indices
     assert shared[0] == shared[1] != own
+
+
+# Runs of another config ---------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OtherConfig:
+    """The config of another kind of run."""
+
+    seed: int = 0
+    device: str = "cpu"
+    data: DataConfig
+    tasks: dict[str, TaskConfig]
+    retrain: RetrainConfig
+    space: str | None = None
+
+
+OTHER = """\
+data: {source: streets, height: 32, width: 32, train_frames: 32, test_frames: 6, workers: 1}
+tasks:
+  segmentation: {kind: segmentation, num_classes: 10}
+retrain: {steps: 1, batch_size: 4}
+space: space.yaml
+"""
+
+
+def test_runs_of_another_config_have_a_folder(project, tmp_path):
+    (tmp_path / "other.yaml").write_text(OTHER)
+    shutil.copy(project / "space.yaml", tmp_path)
+
+    def other(*overrides) -> RunFolder[OtherConfig]:
+        config = load_config(tmp_path / "other.yaml", overrides, kind=OtherConfig)
+        return RunFolder(config, tmp_path / "run")
+
+    run = other()
+    assert run.config.space == str(tmp_path / "space.yaml")
+    assert run.out_channels == {"segmentation": 10}
+    run.open(resume=False)
+    with run.timed("search"):
+        pass
+    assert run.seconds.keys() == {"search"}
+    assert load_config(run.files.config, kind=OtherConfig) == run.config
+    with pytest.raises(ValueError, match="already holds this run; go on with --resume"):
+        other().open(resume=False)
+    with pytest.raises(ValueError, match=re.escape("another config (retrain.steps: 1 against 2)")):
+        other("retrain.steps=2").open(resume=True)
+    # Neither how often a loop writes nor how many processes read defines a run.
+    other("retrain.loop.log_every=7", "data.workers=2").open(resume=True)
+    with pytest.raises(ValueError, match=r"holds a run of another kind or version .*config\.yaml"):
+        new_run(project, tmp_path / "run", resume=True)
+
+
+def test_batches_larger_than_what_they_are_drawn_from_are_refused(project, tmp_path):
+    run = new_run(project, tmp_path / "run")
+    splits = {"weights": 0.5, "validation": 0.5}
+    frames = Frames.load(run.config.data, run.tasks, splits=splits, seed=1)
+    assert {name: len(part) for name, part in frames.sources.items()} == dict.fromkeys(splits, 16)
+    assert list(frames.part("weights").sources) == frames.sources["weights"]
+    assert frames.digests == run.data_digests
+    frames.check_batches("search.batch_size", 16, "weights", "validation")
+    for parts, where in {
+        (): "the training split has 32",
+        ("weights",): "the weight split has 16",
+        ("weights", "validation"): "the smaller of the weight and validation splits has 16",
+    }.items():
+        with pytest.raises(ValueError, match=f"b.size is 33, {where} frames; lower it"):
+            frames.check_batches("b.size", 33, *parts)

@@ -10,12 +10,19 @@ import numpy as np
 import pytest
 import torch
 from tiny import CPU, FAST
+from torch import nn
 
 from oneshot_ednas.data.transforms import AugmentConfig
 from oneshot_ednas.models.network import Network, recalibrate_bn
-from oneshot_ednas.retrain import RetrainConfig, retrain
+from oneshot_ednas.retrain import (
+    NetworkTraining,
+    RetrainConfig,
+    parameter_groups,
+    retrain,
+    train_to_end,
+)
 from oneshot_ednas.store import load_checkpoint
-from oneshot_ednas.training import Interrupted, LoopConfig, calibration_images
+from oneshot_ednas.training import Interrupted, LoopConfig, OptimizerConfig, calibration_images
 
 SETTINGS = {
     "steps": 5,
@@ -154,3 +161,105 @@ def test_a_gradient_that_is_not_finite_stops_too(tiny, tmp_path, monkeypatch):
 def test_counts_below_one_are_refused(name):
     with pytest.raises(ValueError, match=f"{name}: expected at least 1, got 0"):
         RetrainConfig(**(SETTINGS | {name: 0}))
+
+
+# Networks of other classes ------------------------------------------------------------------
+
+
+class Plain(nn.Module):
+    """A trunk of torch's own layers, and a map per task."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(
+            nn.Conv2d(3, 8, 3, stride=4, padding=1), nn.BatchNorm2d(8), nn.ReLU()
+        )
+        self.heads = nn.ModuleDict(
+            {"segmentation": nn.Conv2d(8, 10, 1), "depth": nn.Conv2d(8, 1, 1)}
+        )
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        features = self.trunk(images)
+        return {task: head(features) for task, head in self.heads.items()}
+
+
+SGD = OptimizerConfig(kind="sgd", schedule="poly", learning_rate=0.1, warmup_fraction=0.0)
+
+
+def plain_training(tiny, *, identity=("plain",), scales=None, **settings) -> NetworkTraining:
+    return NetworkTraining(
+        RetrainConfig(**(SETTINGS | {"optimizer": SGD} | settings)),
+        Plain,
+        tiny.tasks,
+        tiny.train,
+        identity=identity,
+        label="plain",
+        stage="plain",
+        augmentation=AugmentConfig(flip=True),
+        seed=0,
+        device=CPU,
+        lr_scales={"trunk": 0.5} if scales is None else scales,
+    )
+
+
+def finish(training: NetworkTraining, folder) -> nn.Module:
+    return train_to_end(training, folder=folder, checkpoint=folder / "plain.safetensors")
+
+
+def test_a_plain_module_is_trained_and_resumed_bit_by_bit(tiny, tmp_path, monkeypatch):
+    (tmp_path / "whole").mkdir()
+    whole = finish(plain_training(tiny), tmp_path / "whole")
+    assert not torch.equal(whole.trunk[1].running_var, torch.ones(8))
+    first, calls = plain_training(tiny), []
+
+    def stop(_module, _inputs):
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        calls.append(1)
+
+    first.network.register_forward_pre_hook(stop)
+    with pytest.raises(Interrupted, match="after step 4 of 5 in plain"):
+        finish(first, tmp_path)
+    torch.manual_seed(99)
+    second = plain_training(tiny)
+    assert same(whole, finish(second, tmp_path))
+    states = [load_checkpoint(f / "plain.safetensors") for f in (tmp_path, tmp_path / "whole")]
+    groups = [state["optimizer"]["param_groups"] for state in states]
+    assert groups[0] == groups[1]
+    assert [group["lr_scale"] for group in groups[0]] == [1.0, 0.5]
+    for one, other in zip(*(state["optimizer"]["state"].values() for state in states), strict=True):
+        assert torch.equal(one["momentum_buffer"], other["momentum_buffer"])
+    monkeypatch.setattr("oneshot_ednas.retrain.run_steps", None)
+    assert same(whole, finish(plain_training(tiny), tmp_path))
+
+
+def test_a_checkpoint_of_another_network_is_refused(tiny, tmp_path):
+    finish(plain_training(tiny, steps=1), tmp_path)
+    with pytest.raises(ValueError, match="holds another training, architecture or seed"):
+        finish(plain_training(tiny, steps=1, identity=("other",)), tmp_path)
+
+
+def test_a_scaled_module_takes_a_step_as_much_smaller(tiny):
+    scaled, whole = plain_training(tiny), plain_training(tiny, scales={})
+    before = {name: value.clone() for name, value in whole.network.state_dict().items()}
+    for training in (scaled, whole):
+        training.take_step(0)
+    after = [training.network.state_dict() for training in (scaled, whole)]
+    for name, factor in {"trunk.0.weight": 0.5, "heads.depth.weight": 1.0}.items():
+        steps = [state[name] - before[name] for state in after]
+        assert steps[1].abs().max() > 0
+        torch.testing.assert_close(steps[0], factor * steps[1], rtol=1e-4, atol=1e-7)
+
+
+def test_weights_follow_the_innermost_module_that_has_a_factor():
+    network = Plain()
+    groups = parameter_groups(network, {"trunk": 0.5, "trunk.1": 0.25, "heads": 0.5})
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    found = {group["lr_scale"]: [names[id(p)] for p in group["params"]] for group in groups}
+    heads = [f"heads.{task}.{kind}" for task in network.heads for kind in ("weight", "bias")]
+    assert found == {
+        0.5: ["trunk.0.weight", "trunk.0.bias", *heads],
+        0.25: ["trunk.1.weight", "trunk.1.bias"],
+    }
+    with pytest.raises(ValueError, match="lr_scales: the network has no module tru"):
+        parameter_groups(network, {"tru": 0.5})

@@ -308,7 +308,7 @@ def test_the_sandwich_s_extremes_keep_the_ops_of_the_path(tiny):
     for largest, pick in ((True, max), (False, min)):
         for spec, block, own in zip(
             tiny.space.blocks,
-            search.extreme(path, largest=largest).blocks,
+            search.space.extreme(path, largest=largest).blocks,
             path.blocks,
             strict=True,
         ):

@@ -199,6 +199,51 @@ def test_only_the_group_of_the_weights_follows_the_schedule():
     assert [group["lr"] for group in optimizer.param_groups] == [pytest.approx(0.25), 0.125]
 
 
+def test_the_poly_schedule_is_a_power_of_the_steps_that_are_left():
+    config = OptimizerConfig(learning_rate=2.0, schedule="poly", warmup_fraction=0.0)
+    rates = [config.rate_at(step, 8) for step in (0, 2, 4, 8)]
+    assert rates == pytest.approx([2.0, 2 * 0.75**0.9, 2 * 0.5**0.9, 0.0])
+    assert rates[2] == pytest.approx(1.0717735)
+    risen = OptimizerConfig(learning_rate=1.0, schedule="poly", warmup_fraction=0.2)
+    rates = [risen.rate_at(step, 10) for step in (0, 1, 2, 6)]
+    assert rates == pytest.approx([1 / 3, 2 / 3, 1.0, 0.5**0.9])
+
+
+def test_sgd_steps_by_its_momentum():
+    config = OptimizerConfig(
+        kind="sgd", learning_rate=0.1, momentum=0.5, weight_decay=0.2, warmup_fraction=0.0
+    )
+    parameter = torch.nn.Parameter(torch.tensor([1.0], dtype=torch.float64))
+    optimizer = config.build([parameter])
+    velocity, expected = 0.0, 1.0
+    for _ in range(3):
+        optimizer.zero_grad()
+        (3 * parameter).sum().backward()
+        optimizer.step()
+        velocity = 0.5 * velocity + 3 + 0.2 * expected
+        expected -= 0.1 * velocity
+        assert parameter.item() == pytest.approx(expected)
+
+
+def test_groups_scale_the_rate_and_those_added_later_keep_their_own():
+    config = OptimizerConfig(learning_rate=0.5, warmup_fraction=0.0)
+    first, second, third, own = (torch.nn.Parameter(torch.zeros(2)) for _ in range(4))
+    groups = [
+        {"params": [first]},
+        {"params": [second], "lr_scale": 0.5},
+        {"params": [third], "lr_scale": 2.0},
+    ]
+    optimizer = config.build(groups)
+    optimizer.add_param_group({"params": [own], "lr": 0.125})
+    config.apply(optimizer, 5, 10)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    assert rates == [pytest.approx(0.25), pytest.approx(0.125), pytest.approx(0.5), 0.125]
+    config.apply(optimizer, 0, 10)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.25, 1.0, 0.125]
+    with pytest.raises(ValueError, match="lr_scale: expected a positive number, got 0"):
+        config.build([{"params": [first], "lr_scale": 0.0}])
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -207,6 +252,7 @@ def test_only_the_group_of_the_weights_follows_the_schedule():
         ({"weight_decay": -1.0}, "weight_decay >= 0"),
         ({"clip_grad_norm": 0.0}, "clip_grad_norm > 0"),
         ({"warmup_fraction": 1.0}, "warmup_fraction: expected 0 to below 1, got 1.0"),
+        ({"momentum": 1.0}, "momentum: expected 0 to below 1, got 1.0"),
     ],
 )
 def test_optimizer_settings_out_of_range_are_refused(settings, message):

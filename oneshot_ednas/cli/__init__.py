@@ -4,7 +4,17 @@ Exit status: 0 on success, 1 for a failure inside, 2 for bad input (one clear li
 stopped by the user.
 """
 
-from oneshot_ednas.cli import compare, data, describe, export, latency, multi_trial, runs, study
+from oneshot_ednas.cli import (
+    compare,
+    data,
+    describe,
+    export,
+    latency,
+    multi_trial,
+    runs,
+    sharing,
+    study,
+)
 from oneshot_ednas.cli.common import main
 
 __all__ = [
@@ -16,5 +26,6 @@ __all__ = [
     "main",
     "multi_trial",
     "runs",
+    "sharing",
     "study",
 ]

@@ -13,7 +13,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from oneshot_ednas.config import ExperimentConfig
+from oneshot_ednas.config import C
 from oneshot_ednas.run_folder import RunFiles
 from oneshot_ednas.schema import read_json
 from oneshot_ednas.training import Interrupted
@@ -106,11 +106,12 @@ uncalibrated_option = click.option(
 resume_option = click.option("--resume", is_flag=True, help="Go on with the run in the folder.")
 
 
-def with_data(config: ExperimentConfig, data: Path | None) -> ExperimentConfig:
+def with_data(config: C, data: Path | None) -> C:
     """The config with the data folder of --data, absolute, so that later stages find it."""
     if data is None:
         return config
-    return replace(config, data=replace(config.data, root=str(data.resolve())))
+    changed: dict[str, Any] = {"data": replace(config.data, root=str(data.resolve()))}
+    return replace(config, **changed)
 
 
 def with_consent(overrides: tuple[str, ...], *, is_given: bool) -> tuple[str, ...]:

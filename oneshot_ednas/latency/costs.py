@@ -25,6 +25,8 @@ from oneshot_ednas.latency.operations import (
 from oneshot_ednas.space import CHOICE_FIELDS, SearchSpace
 
 Array = npt.NDArray[np.float64]
+Price = Callable[[Operation], tuple[float, float]]
+"""Milliseconds and parameter bytes of an operation."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,9 +62,8 @@ class SpaceCosts:
         Raises:
             ValueError: if the architecture is not in the space.
         """
-        self.space.check(architecture)
         ms, size = self.constant_ms, self.constant_bytes
-        for index, cell in enumerate(self.cells(architecture)):
+        for index, cell in enumerate(block_cells(self.space, architecture)):
             ms += float(self.block_ms[index][cell])
             size += float(self.block_bytes[index][cell])
         return ms, size
@@ -70,15 +71,6 @@ class SpaceCosts:
     def streaming_ms(self, parameter_bytes: float) -> float:
         """Time to stream what does not fit the cache, once per inference."""
         return self.streaming_ms_per_byte * max(0.0, parameter_bytes - self.cache_bytes)
-
-    def cells(self, architecture: Architecture) -> list[tuple[int, ...]]:
-        """Index of each block's option in its cost array."""
-        cells, in_width = [], 0
-        for spec, block in zip(self.space.blocks, architecture.blocks, strict=True):
-            choice = [spec.options(field).index(getattr(block, field)) for field in CHOICE_FIELDS]
-            cells.append((in_width, *choice))
-            in_width = choice[-1]
-        return cells
 
     @cached_property
     def max_latency_ms(self) -> float:
@@ -144,7 +136,7 @@ def space_costs(
     image_size: tuple[int, int],
     out_channels: Mapping[str, int],
     *,
-    price: Callable[[Operation], tuple[float, float]],
+    price: Price,
     fixed_ms: float,
     input_ms_per_byte: float,
     output_ms_per_byte: float,
@@ -167,14 +159,54 @@ def space_costs(
     Raises:
         ValueError: if a block's option costs nothing, or `price` refuses an operation.
     """
-    block_ms, block_bytes = [], []
-    taps = {number - 1: tap for tap, number in enumerate(space.fusion.tap_blocks)}
+    blocks = block_prices(space, image_size, price)
+    for index, laterals in lateral_prices(space, image_size, price).items():
+        blocks[index] += laterals
+    input_bytes, output_bytes = network_io_bytes(space, image_size, out_channels)
+    fixed = [price(p.operation) for p in fixed_operations(space, image_size, out_channels)]
+    transfer_ms = input_ms_per_byte * input_bytes + output_ms_per_byte * output_bytes
+    return SpaceCosts(
+        space=space,
+        block_ms=tuple(prices[..., 0].copy() for prices in blocks),
+        block_bytes=tuple(prices[..., 1].copy() for prices in blocks),
+        constant_ms=fixed_ms + transfer_ms + sum(ms for ms, _ in fixed),
+        constant_bytes=sum(size for _, size in fixed),
+        cache_bytes=cache_bytes,
+        streaming_ms_per_byte=streaming_ms_per_byte,
+    )
+
+
+def block_cells(space: SearchSpace, architecture: Architecture) -> list[tuple[int, ...]]:
+    """Index of each block's option in its cost array.
+
+    Raises:
+        ValueError: if the architecture is not in the space.
+    """
+    space.check(architecture)
+    cells, in_width = list[tuple[int, ...]](), 0
+    for spec, block in zip(space.blocks, architecture.blocks, strict=True):
+        choice = [spec.options(field).index(getattr(block, field)) for field in CHOICE_FIELDS]
+        cells.append((in_width, *choice))
+        in_width = choice[-1]
+    return cells
+
+
+def block_prices(space: SearchSpace, image_size: tuple[int, int], price: Price) -> list[Array]:
+    """Prices of every option of every block, without the laterals that read it.
+
+    Returns:
+        Per block, `[in-width, op, kernel, expansion, out-width, 2]`.
+
+    Raises:
+        ValueError: if an option costs no time, or `price` refuses an operation.
+    """
+    found = []
     for index, (spec, size) in enumerate(
         zip(space.blocks, block_sizes(space, image_size), strict=True)
     ):
         shape = tuple(len(spec.options(field)) for field in CHOICE_FIELDS)
         ways = space.in_filters(index)
-        prices = np.array(
+        prices: Array = np.array(
             [
                 price(block_operation(spec, in_filters, block, size))
                 for in_filters in ways
@@ -183,26 +215,23 @@ def space_costs(
         ).reshape(len(ways), *shape, 2)
         if not (prices[..., 0] > 0).all():
             raise ValueError(f"block {index + 1} has an option of 0 ms; no operation is free")
-        if index in taps:
-            laterals = [
-                [
-                    price(placed.operation)
-                    for placed in lateral_operations(space, taps[index], filters, image_size)
-                ]
-                for filters in spec.filters
-            ]
-            prices += np.array(laterals).sum(axis=1)
-        block_ms.append(prices[..., 0].copy())
-        block_bytes.append(prices[..., 1].copy())
-    input_bytes, output_bytes = network_io_bytes(space, image_size, out_channels)
-    fixed = [price(p.operation) for p in fixed_operations(space, image_size, out_channels)]
-    transfer_ms = input_ms_per_byte * input_bytes + output_ms_per_byte * output_bytes
-    return SpaceCosts(
-        space=space,
-        block_ms=tuple(block_ms),
-        block_bytes=tuple(block_bytes),
-        constant_ms=fixed_ms + transfer_ms + sum(ms for ms, _ in fixed),
-        constant_bytes=sum(size for _, size in fixed),
-        cache_bytes=cache_bytes,
-        streaming_ms_per_byte=streaming_ms_per_byte,
-    )
+        found.append(prices)
+    return found
+
+
+def lateral_prices(
+    space: SearchSpace, image_size: tuple[int, int], price: Price
+) -> dict[int, Array]:
+    """Prices of the 1x1 convolutions that read a tapped block.
+
+    Returns:
+        By the block's index, `[out-width, 2]`.
+    """
+    found = {}
+    for tap, number in enumerate(space.fusion.tap_blocks):
+        laterals = [
+            [price(p.operation) for p in lateral_operations(space, tap, filters, image_size)]
+            for filters in space.blocks[number - 1].filters
+        ]
+        found[number - 1] = np.array(laterals).sum(axis=1)
+    return found

@@ -194,6 +194,19 @@ class LatencyTable:
                 f"{self._tool('SPACE', height, width)}"
             )
 
+    def check_calibrated(self, *, allowed: bool) -> None:
+        """Refuse a table whose error on whole networks is unknown, unless that is allowed.
+
+        Raises:
+            ValueError: naming the ways out.
+        """
+        if self.header.held_out_mape is None and not allowed:
+            raise ValueError(
+                f"the error of {self.name} on whole networks is unknown (its header has no "
+                f"held_out_mape); use a calibrated table, or go on with --allow-uncalibrated or, "
+                f"where a command lacks it, --set latency.allow_uncalibrated=true"
+            )
+
     def _tool(self, space: str, height: int, width: int, *, tasks: str = "") -> str:
         """What makes a table of this one's source."""
         if self.header.source == "measured":

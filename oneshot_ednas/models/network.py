@@ -7,6 +7,7 @@ from typing import cast
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from oneshot_ednas.architecture import Architecture
 from oneshot_ednas.models.backbone import Backbone
@@ -124,10 +125,11 @@ def inherit_weights(network: Network, supernet: Network, architecture: Architect
     own = supernet.backbone.own_weights(architecture)
     source = supernet.state_dict() | {f"backbone.{name}": tensor for name, tensor in own.items()}
     for name, target in network.state_dict().items():
-        target.copy_(_leading(source[name], target))
+        target.copy_(leading(source[name], target))
 
 
-def _leading(source: Tensor, target: Tensor) -> Tensor:
+def leading(source: Tensor, target: Tensor) -> Tensor:
+    """The leading channels, and the centre of kernels, that fill a tensor."""
     index = [slice(size) for size in target.shape]
     for axis in range(2, target.dim()):
         margin = (source.shape[axis] - target.shape[axis]) // 2
@@ -137,49 +139,84 @@ def _leading(source: Tensor, target: Tensor) -> Tensor:
 
 @torch.no_grad()
 def recalibrate_bn(
-    network: Network,
+    network: nn.Module,
     batches: Iterable[Tensor],
-    architecture: Architecture | None = None,
+    architecture: object = None,
 ) -> None:
-    """Reset the BN statistics and recompute them as averages over batches.
+    """Reset the BN statistics and recompute them as averages over all that comes to each layer.
+
+    Everything but BN is in evaluation mode meanwhile; all modes are restored.
 
     Args:
-        network: a derived network, or a supernet together with an architecture; a supernet's
-            statistics then hold for that architecture only.
+        network: a derived network, a supernet together with an architecture, or another module
+            with layers of `ElasticBatchNorm` or torch's own BN; the statistics of a network with
+            several paths then hold for that architecture only.
         batches: images `[batch, 3, height, width]`, on the network's device.
-        architecture: what to run of a supernet.
+        architecture: what to run of a network with several paths: its forward's second argument.
 
     Raises:
-        ValueError: if there is no batch.
+        ValueError: if there is no batch, or a supernet comes without an architecture.
     """
-    if architecture is None and not network.space.is_fixed:
+    if architecture is None and isinstance(network, Network) and not network.space.is_fixed:
         raise ValueError("a supernet's BN is recalibrated for one architecture: name it")
-    layers = [layer for layer in network.modules() if isinstance(layer, ElasticBatchNorm)]
     count = 0
-    with _training_with_own_momentum(network, layers):
+    with _averaging_bn(network) as averages:
         for count, images in enumerate(batches, start=1):
-            for layer in layers:
-                if count == 1:
-                    layer.running_mean.zero_()
-                    layer.running_var.fill_(1)
-                layer.momentum = 1 / count
-            network(images, architecture)
+            if count == 1:
+                for average in averages:
+                    average.reset()
+            network(*((images,) if architecture is None else (images, architecture)))
     if count == 0:
         raise ValueError("recalibrating BN needs at least one batch of images")
 
 
+class _BNAverage:
+    """A BN layer whose running statistics are the averages over its runs."""
+
+    def __init__(self, layer: ElasticBatchNorm | _BatchNorm) -> None:
+        self.layer = layer
+        self.momentum = layer.momentum
+        self.num_runs = 0
+        self.hook = layer.register_forward_pre_hook(self._before_run)
+
+    def _before_run(self, *_: object) -> None:
+        # Of the layer, not of the network: one may run it for some tasks only, or for each.
+        self.num_runs += 1
+        self.layer.momentum = 1 / self.num_runs
+
+    def reset(self) -> None:
+        """Forget the statistics; a layer that never runs keeps mean 0 and variance 1."""
+        if isinstance(self.layer, _BatchNorm):
+            self.layer.reset_running_stats()
+        else:
+            self.layer.running_mean.zero_()
+            self.layer.running_var.fill_(1)
+
+    def close(self) -> None:
+        """Leave the layer as it was, but for its statistics."""
+        self.hook.remove()
+        self.layer.momentum = self.momentum
+
+
 @contextmanager
-def _training_with_own_momentum(network: Network, layers: list[ElasticBatchNorm]) -> Iterator[None]:
-    """Training mode for a while; mode and the layers' momentum are restored at the end."""
-    was_training = network.training
-    before = [layer.momentum for layer in layers]
-    network.train()
+def _averaging_bn(network: nn.Module) -> Iterator[list[_BNAverage]]:
+    """BN layers that average for a while; modes and momenta are restored at the end."""
+    modes = [(module, module.training) for module in network.modules()]
+    averages = [
+        _BNAverage(module)
+        for module in network.modules()
+        if isinstance(module, (ElasticBatchNorm, _BatchNorm)) and module.running_mean is not None
+    ]
+    network.eval()
+    for average in averages:
+        average.layer.train()
     try:
-        yield
+        yield averages
     finally:
-        network.train(was_training)
-        for layer, momentum in zip(layers, before, strict=True):
-            layer.momentum = momentum
+        for average in averages:
+            average.close()
+        for module, was_training in modes:
+            module.training = was_training
 
 
 def derived_network(supernet: Network, architecture: Architecture) -> Network:

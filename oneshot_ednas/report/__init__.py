@@ -2,5 +2,6 @@
 
 from oneshot_ednas.report.page import write_report
 from oneshot_ednas.report.plots import RunPictures
+from oneshot_ednas.report.sharing_page import write_sharing_report
 
-__all__ = ["RunPictures", "write_report"]
+__all__ = ["RunPictures", "write_report", "write_sharing_report"]

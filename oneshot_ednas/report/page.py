@@ -105,11 +105,14 @@ def write_report(
             "curves": ("Search and training", _curves(run)),
             "predictions": (
                 "Predictions on test frames",
-                _predictions(mosaic, tasks, class_names),
+                predictions_section(mosaic, tasks, class_names),
             ),
             "gap": ("From supernet to derived network", _gap(run)),
             "export": ("Export", _export(run)),
-            "run": ("The run", _run_section(run)),
+            "run": (
+                "The run",
+                run_section(run.seconds, run.results["versions"], run.config_text),
+            ),
         },
     )
     write_bytes(folder / "predictions.png", mosaic)
@@ -284,9 +287,13 @@ def _curves(run: _Run) -> Html:
     )
 
 
-def _predictions(
-    mosaic: bytes, tasks: Mapping[str, Task], class_names: Mapping[str, Sequence[str]]
+def predictions_section(
+    mosaic: bytes,
+    tasks: Mapping[str, Task],
+    class_names: Mapping[str, Sequence[str]],
+    network: str = "the derived network",
 ) -> Html:
+    """The picture of predictions of a network, with the colours of the classes."""
     parts = []
     for name, task in tasks.items():
         if not task.row.has_classes:
@@ -300,7 +307,7 @@ def _predictions(
             entries.append(tag("span", swatch, known))
         parts.append(tag("div", *entries, class_="legend"))
     caption = (
-        "By the derived network, first seed. Black: invalid. Target and prediction share their "
+        f"By {network}, first seed. Black: invalid. Target and prediction share their "
         "colours; depth is bright near and dark far, over the range of the target; heat "
         "maps are bright where they are large, edges and saliency white."
     )
@@ -393,18 +400,21 @@ def _quantization(run: _Run, scores: Mapping[str, Any]) -> Html:
     return join([table(head, rows, "numbers"), tag("p", note, class_="note")])
 
 
-def _run_section(run: _Run) -> Html:
-    times = [[stage, duration(spent)] for stage, spent in run.seconds.items()]
-    times.append([tag("b", "total"), tag("b", duration(sum(run.seconds.values())))])
-    versions = [[name, version] for name, version in run.results["versions"].items()]
+def run_section(
+    seconds: Mapping[str, float], versions: Mapping[str, str], config_text: str
+) -> Html:
+    """Times of the stages, versions of what computed them, and the config."""
+    times = [[stage, duration(spent)] for stage, spent in seconds.items()]
+    times.append([tag("b", "total"), tag("b", duration(sum(seconds.values())))])
+    rows = [[name, version] for name, version in versions.items()]
     return join(
         [
             tag(
                 "div",
                 tag("div", table(["Stage", "time"], times, "numbers")),
-                tag("div", table(["Version", ""], versions, "plain")),
+                tag("div", table(["Version", ""], rows, "plain")),
                 class_="columns",
             ),
-            tag("details", tag("summary", "Config"), tag("pre", run.config_text)),
+            tag("details", tag("summary", "Config"), tag("pre", config_text)),
         ]
     )

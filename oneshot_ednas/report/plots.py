@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.rcsetup import cycler
+from torch import nn
 
+from oneshot_ednas.data.packed import PackedSplit
 from oneshot_ednas.tasks import Task
 
 BLUE, ORANGE, GREY, PALE = "#2166ac", "#d9822b", "#8a949e", "#eef1f4"
@@ -57,6 +60,42 @@ class RunPictures:
     """Per task, one frame of a batch each: [H, W], [1, H, W] or [3, H, W]."""
     predictions: dict[str, list[np.ndarray]]
     """Per task, in the layout of the targets."""
+
+    @classmethod
+    def taken(
+        cls,
+        network: nn.Module,
+        split: PackedSplit,
+        tasks: Mapping[str, Task],
+        *,
+        num_pictures: int,
+        device: torch.device,
+    ) -> "RunPictures":
+        """Of evenly spaced frames, the same for every network on a split.
+
+        Args:
+            network: images to raw maps by task.
+            split: the frames.
+            tasks: the tasks.
+            num_pictures: the most frames to show.
+            device: where the network is.
+        """
+        rows = np.linspace(0, len(split) - 1, min(num_pictures, len(split)))
+        indices = rows.astype(int)
+        batch = split.batch(indices, device)
+        with torch.inference_mode():
+            outputs = network.eval()(batch["image"])
+        size = (split.height, split.width)
+        return cls(
+            images=[split.frame(int(index))["image"] for index in indices],
+            targets={
+                name: [batch[name][i].cpu().numpy() for i in range(len(indices))] for name in tasks
+            },
+            predictions={
+                name: list(task.predict(outputs[name], size).cpu().numpy())
+                for name, task in tasks.items()
+            },
+        )
 
 
 @dataclass(frozen=True)
@@ -105,7 +144,7 @@ def search_plots(
     def losses(axes: Axes, labels: Sequence[str]) -> None:
         for label in labels:
             running_mean(axes, *log.curve("search", f"loss/{label}"), label)
-        _log_scale_if_wide(axes)
+        log_scale_if_wide(axes)
 
     def latency(axes: Axes) -> None:
         axes.plot(*log.curve("search", "latency/expected_ms"), label="expected under alpha")
@@ -280,7 +319,7 @@ def running_mean(axes: Axes, steps: np.ndarray, values: np.ndarray, label: str) 
     axes.plot(steps, means, color=line.get_color(), label=label)
 
 
-def _log_scale_if_wide(axes: Axes) -> None:
+def log_scale_if_wide(axes: Axes) -> None:
     """A logarithmic axis where curves of different size would flatten each other."""
     values = np.concatenate([[], *(np.asarray(line.get_ydata()) for line in axes.lines)])
     if values.size and (values > 0).all() and values.max() > 20 * values.min():

@@ -6,7 +6,6 @@ needs no change here: name it `package.module:NAME` in a config, where NAME is a
 
 import dataclasses
 import functools
-import importlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from oneshot_ednas.schema import nearest
+from oneshot_ednas.schema import imported, nearest
 from oneshot_ednas.tasks import conventions, edges, losses, metrics, pictures
 
 
@@ -250,20 +249,7 @@ def task_kind(name: str) -> TaskKind:
 
 @functools.cache
 def _imported(name: str) -> TaskKind:
-    place, _, attribute = name.partition(":")
-    if not all(part.isidentifier() for part in (*place.split("."), attribute)):
-        raise ValueError(f"task kind {name}: expected package.module:NAME")
-    try:
-        module = importlib.import_module(place)
-    except ImportError as error:
-        raise ValueError(f"task kind {name}: cannot import {place}: {error}") from None
-    if not hasattr(module, attribute):
-        raise ValueError(f"task kind {name}: module {place} has no {attribute}")
-    kind = getattr(module, attribute)
-    if not isinstance(kind, TaskKind):
-        raise ValueError(
-            f"task kind {name}: expected an oneshot_ednas.tasks.TaskKind, got {type(kind).__name__}"
-        )
+    kind: TaskKind = imported(name, TaskKind, what="task kind")
     for known, other in TASK_KINDS.items():
         shared = kind.metric_names & other.metric_names
         if wrong := shared & (kind.lower_is_better ^ other.lower_is_better):

@@ -1,0 +1,108 @@
+"""Commands that search what tasks share: branch and share."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.table import Table
+
+from oneshot_ednas.cli.common import (
+    DETAILS,
+    bad_input,
+    console,
+    data_option,
+    json_option,
+    main,
+    out_option,
+    resume_option,
+    set_option,
+    uncalibrated_option,
+    with_consent,
+    with_data,
+)
+from oneshot_ednas.config import TaskSharingConfig, load_config
+from oneshot_ednas.sharing_run import BranchRun, ShareRun, SharingRun
+
+
+def _command(name: str, run_class: type[SharingRun], help_text: str, example: str) -> None:
+    @main.command(name, help=f"{help_text}\n\nExample: {example}")
+    @click.argument("config")
+    @out_option
+    @data_option
+    @set_option
+    @uncalibrated_option
+    @resume_option
+    @json_option
+    @bad_input
+    def command(
+        config: str,
+        out: Path,
+        data: Path | None,
+        overrides: tuple[str, ...],
+        allow_uncalibrated: bool,
+        resume: bool,
+        as_json: bool,
+    ) -> None:
+        settings = load_config(
+            Path(config),
+            with_consent(overrides, is_given=allow_uncalibrated),
+            kind=TaskSharingConfig,
+        )
+        one = run_class(with_data(settings, data), out)
+        one.open(resume=resume)
+        print_networks(one.run_all(), out, as_json=as_json)
+
+
+_command(
+    "branch",
+    BranchRun,
+    "Search where tasks part in the encoder (BMTAS), train the branched network and its baselines "
+    "from scratch, and report. With backbone.architecture: search, blocks and branching are "
+    "searched together.",
+    "oneshot-ednas branch configs/branch_streets_tiny.yaml --out runs/branch",
+)
+_command(
+    "share",
+    ShareRun,
+    "Search which operators each task shares, copies or skips (AutoMTL), train the network and its "
+    "baselines from scratch, and report.",
+    "oneshot-ednas share configs/share_streets_tiny.yaml --out runs/share",
+)
+
+
+def print_networks(results: dict[str, Any], folder: Path, *, as_json: bool) -> None:
+    """The networks of a run as a table, or as one JSON object."""
+    if as_json:
+        print(json.dumps(results))
+        return
+    networks = results["networks"]
+    target = "" if results["target_ms"] is None else f", target {results['target_ms']:g} ms"
+    table = Table(title=f"test split, {results['backbone']}{target}")
+    for column in (
+        "network",
+        f"gain over {results['baseline']}",
+        "params",
+        "shared",
+        "GMACs",
+        "ms",
+    ):
+        table.add_column(column, justify="left" if column == "network" else "right")
+    first = next(iter(networks.values()))
+    columns = [(task, name) for task, values in first["metrics"].items() for name in values]
+    shown = [column for column in columns if column[1] not in DETAILS]
+    for task, name in shown:
+        table.add_column(f"{task}\n{name}", justify="right")
+    for name, row in networks.items():
+        table.add_row(
+            name,
+            f"{row['delta']['overall']:+.2f} %",
+            f"{row['parameters'] / 1e6:.3f} M",
+            f"{row['shared_parameters']:.0%}",
+            f"{row['gmacs']:.4f}",
+            "" if row["latency_ms"] is None else f"{row['latency_ms']:.3f}",
+            *(f"{row['metrics'][task][metric]:.3f}" for task, metric in shown),
+        )
+    console().print(table)
+    print(f"found: {networks[results['found']]['what']}")
+    print(f"{sum(results['seconds'].values()):.0f} s in all; report: {folder / 'report.html'}")

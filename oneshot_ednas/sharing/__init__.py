@@ -1,0 +1,1 @@
+"""Which tasks share what: branching (BMTAS) and operator sharing (AutoMTL)."""

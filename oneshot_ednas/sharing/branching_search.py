@@ -1,0 +1,609 @@
+"""The branching search: weight steps on the supergraph, alpha steps on its gates, in cycles.
+
+Phases: warm-up (candidate `t` of every layer learns task `t`, which assigns it softly), then cycles
+of alpha steps on their split and weight steps on theirs. Where the blocks vary, the same alpha
+steps choose them too, for each candidate on its own: blocks and branching in one search.
+
+Source: BMTAS (Bruggemann et al., BMVC 2020), section 3 and appendix A. Blocks in the same search,
+and the budget in place of lambda, are this project's.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from oneshot_ednas.architecture import Architecture
+from oneshot_ednas.balancing import BalancingConfig
+from oneshot_ednas.data.packed import PackedSplit
+from oneshot_ednas.data.transforms import AugmentConfig
+from oneshot_ednas.models.encoder import Encoder
+from oneshot_ednas.relaxation import ArchitectureParameters, TemperatureConfig, gumbel_softmax
+from oneshot_ednas.search import LatencyLossConfig
+from oneshot_ednas.sharing.branched import RouteGates, Routes, supergraph
+from oneshot_ednas.sharing.branching import Branching
+from oneshot_ednas.sharing.costs import BranchCosts
+from oneshot_ednas.store import load_checkpoint, save_checkpoint
+from oneshot_ednas.tasks import Task
+from oneshot_ednas.training import (
+    LoopConfig,
+    OptimizerConfig,
+    StageLog,
+    check_finite,
+    check_gradient,
+    numpy_generator,
+    run_steps,
+    task_losses,
+    torch_generator,
+    training_batch,
+    training_macs,
+    weighted_sum,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BranchingConfig:
+    """The search for a branching."""
+
+    steps: int
+    """Weight steps, the warm-up's included; alpha steps come on top."""
+    batch_size: int
+    warmup_fraction: float = 0.05
+    """Share of the steps in which each candidate learns its own task (2,000 of 42,000 in BMTAS)."""
+    gates: Literal["soft", "hard"] = "soft"
+    """`soft`: alpha steps and weight steps mix all candidates, as BMTAS does; `hard`: alpha steps
+    have straight-through gates, and weight steps run drawn routes, at the cost of their network."""
+    alpha_share: float = 0.2
+    """Alpha steps among all steps after the warm-up; their data are those of the split `alpha`."""
+    cycle_steps: int | None = None
+    """Weight steps between two phases of alpha steps; null is a pass over their split."""
+    objective: Literal["weighted", "budget"] = "weighted"
+    """`weighted`: resource_weight times the expected cost (BMTAS eq. 4), then argmax; `budget`: the
+    latency term of the one-shot search, then the most probable network inside the target."""
+    resource: Literal["macs", "latency"] = "macs"
+    """What `weighted` counts: multiply-adds, or the latency table's milliseconds."""
+    resource_weight: float = 0.05
+    """lambda: of the expected cost, in units of that of the fully shared network."""
+    latency: LatencyLossConfig = LatencyLossConfig()
+    """mu of `budget`."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    balancing: BalancingConfig = BalancingConfig()
+    alpha_learning_rate: float = 0.01
+    alpha_weight_decay: float = 5e-5
+    temperature: TemperatureConfig = TemperatureConfig()
+    exploration: float = 0.2
+    """With hard gates: share of uniform draws among the routes and blocks of weight steps."""
+    sandwich: bool = True
+    """Where blocks vary, with hard gates: train the smallest and the largest blocks of the drawn
+    routes in each weight step too."""
+    num_candidates: int = 8
+    """With `budget`: how many branched networks inside the target are ranked on validation data."""
+    splits: dict[str, float] = field(
+        default_factory=lambda: {"weights": 0.65, "alpha": 0.2, "validation": 0.15}
+    )
+    """Shares of the training set for `weights`, `alpha` and `validation`."""
+    loop: LoopConfig = LoopConfig()
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if set(self.splits) != {"weights", "alpha", "validation"}:
+            raise ValueError(
+                f"splits: expected weights, alpha and validation, got {', '.join(self.splits)}"
+            )
+        for name in ("steps", "batch_size", "num_candidates"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.cycle_steps is not None and self.cycle_steps < 1:
+            raise ValueError(f"cycle_steps: expected at least 1 or null, got {self.cycle_steps}")
+        if not 0 <= self.warmup_fraction < 1 or not 0 <= self.exploration <= 1:
+            raise ValueError(
+                f"expected warmup_fraction in 0..1 (below 1) and exploration in 0..1, got "
+                f"{self.warmup_fraction} and {self.exploration}"
+            )
+        if not 0 < self.alpha_share < 1:
+            raise ValueError(f"alpha_share: expected above 0 and below 1, got {self.alpha_share}")
+        if not (math.isfinite(self.resource_weight) and self.resource_weight >= 0):
+            raise ValueError(
+                f"resource_weight (lambda): expected a finite number >= 0, got "
+                f"{self.resource_weight}"
+            )
+        if not self.alpha_learning_rate > 0 or self.alpha_weight_decay < 0:
+            raise ValueError(
+                f"expected alpha_learning_rate > 0 and alpha_weight_decay >= 0, got "
+                f"{self.alpha_learning_rate} and {self.alpha_weight_decay}"
+            )
+
+    @property
+    def warmup_steps(self) -> int:
+        """Weight steps before the first alpha step."""
+        return int(self.warmup_fraction * self.steps)
+
+    def progress(self, step: int) -> float:
+        """0 at the first step after the warm-up, 1 at the last."""
+        return (step - self.warmup_steps) / max(self.steps - self.warmup_steps - 1, 1)
+
+
+class BranchingParameters(nn.Module):
+    """Alpha: logits of each task's candidate per layer, and of each candidate's blocks."""
+
+    def __init__(self, encoder: Encoder, num_tasks: int) -> None:
+        super().__init__()
+        self.space = encoder.space
+        self.routes = nn.Parameter(torch.zeros(num_tasks, len(encoder.layers), num_tasks))
+        has_choices = encoder.space is not None and not encoder.space.is_fixed
+        self.options = nn.ModuleList(
+            ArchitectureParameters(encoder.space)  # type: ignore[arg-type]
+            for _ in range(num_tasks if has_choices else 0)
+        )
+
+    @property
+    def candidates(self) -> list[ArchitectureParameters]:
+        """Parameters of the blocks of candidate `j` of every layer; none where blocks are fixed."""
+        return [one for one in self.options if isinstance(one, ArchitectureParameters)]
+
+    def probabilities(self) -> RouteGates:
+        """Softmax(alpha), with gradient."""
+        options = tuple(one.probabilities() for one in self.candidates)
+        return RouteGates(self.routes.softmax(-1), options or None)
+
+    def gates(
+        self, temperature: float, *, hard: bool = False, generator: torch.Generator | None = None
+    ) -> RouteGates:
+        """Gumbel-softmax gates (BMTAS eq. 2); arguments as of `relaxation.gumbel_softmax`."""
+        routes = gumbel_softmax(self.routes, temperature, hard=hard, generator=generator)
+        options = tuple(
+            one.gates(temperature, hard=hard, generator=generator) for one in self.candidates
+        )
+        return RouteGates(routes, options or None)
+
+    def argmax(self) -> Routes:
+        """The most probable candidates, whatever they cost."""
+        rows = self.routes.detach().argmax(-1).tolist()
+        options = tuple(one.argmax() for one in self.candidates)
+        return Routes(tuple(map(tuple, rows)), options or None)
+
+    def sample(self, generator: np.random.Generator, *, exploration: float) -> Routes:
+        """Candidates and blocks drawn by alpha, a share of the draws uniform."""
+        rows = self.routes.detach().cpu().double().softmax(-1).numpy()
+        num_tasks, num_layers, count = rows.shape
+        rows = (1 - exploration) * rows + exploration / count
+        # Inverse transform: one draw per task and layer.
+        draws = generator.random((num_tasks, num_layers, 1))
+        routes = (rows.cumsum(-1)[..., :-1] < draws).sum(-1).tolist()
+        options = tuple(self._drawn(one, generator, exploration) for one in self.candidates)
+        return Routes(tuple(map(tuple, routes)), options or None)
+
+    @staticmethod
+    def _drawn(
+        one: ArchitectureParameters, generator: np.random.Generator, exploration: float
+    ) -> Architecture:
+        rows = one.padded_logits().detach().cpu().double().softmax(1).numpy()
+        indices = []
+        for row, choice in zip(rows, one.space.choices, strict=True):
+            count = len(choice.options)
+            weights = (1 - exploration) * row[:count] + exploration / count
+            indices.append(int(generator.choice(count, p=weights / weights.sum())))
+        return one.space.decode(indices)
+
+    def entropy(self) -> Tensor:
+        """Sum of the entropies of all choices in nats, with gradient."""
+        log_p = self.routes.log_softmax(-1)
+        total = -(log_p.exp() * log_p).sum()
+        return sum((one.entropy() for one in self.candidates), start=total)
+
+    @property
+    def max_entropy(self) -> float:
+        """Of uniform probabilities."""
+        num_tasks, num_layers, count = self.routes.shape
+        blocks = sum(
+            math.log(len(choice.options)) for one in self.candidates for choice in one.space.choices
+        )
+        return num_tasks * num_layers * math.log(count) + blocks
+
+
+class BranchingSearch:
+    """A supergraph, its parameters, and everything that a checkpoint must hold."""
+
+    def __init__(
+        self,
+        config: BranchingConfig,
+        encoder: Encoder,
+        tasks: Mapping[str, Task],
+        *,
+        costs: BranchCosts,
+        macs: BranchCosts,
+        target: float | None,
+        splits: Mapping[str, PackedSplit],
+        augmentation: AugmentConfig,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        """Build everything at step 0.
+
+        Args:
+            config: the search.
+            encoder: the backbone.
+            tasks: the tasks.
+            costs: what the search weighs or keeps inside the target.
+            macs: multiply-adds, for the cost of the search itself.
+            target: in the unit of `costs`, for the objective `budget`.
+            splits: the splits `weights` and `alpha`.
+            augmentation: of the batches.
+            seed: of weights, order, augmentation and draws.
+            device: where to train.
+
+        Raises:
+            ValueError: if the objective is `budget` and there is no target.
+        """
+        if config.objective == "budget" and target is None:
+            raise ValueError("objective budget needs a latency target; or use objective: weighted")
+        self.config, self.encoder, self.tasks = config, encoder, dict(tasks)
+        self.costs, self.target = costs, target
+        self.splits, self.augmentation = splits, augmentation
+        self.seed, self.device = seed, device
+        channels = {name: task.out_channels for name, task in tasks.items()}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(torch_generator(seed, "supergraph").initial_seed())
+            self.network = supergraph(encoder, channels).to(device)
+        self.parameters = BranchingParameters(encoder, len(tasks)).to(device)
+        trainable = [p for p in self.network.parameters() if p.requires_grad]
+        self.optimizer = config.optimizer.build(trainable)
+        self.balancing = config.balancing.build(
+            tasks, epoch_steps=len(splits["weights"]) // config.batch_size, device=device
+        )
+        self.balancing.add_to(self.optimizer)
+        self.alpha_optimizer = torch.optim.Adam(
+            self.parameters.parameters(),
+            lr=config.alpha_learning_rate,
+            weight_decay=config.alpha_weight_decay,
+        )
+        self.mu = config.latency.weight if config.latency.schedule != "ramp" else 0.0
+        self.num_alpha_steps = 0
+        self.macs = 0.0
+        """Multiply-adds of the training so far, see `training_macs`."""
+        self._mac_costs = macs
+        self._mixed_macs = mixed_macs(macs, len(tasks))
+        self.shared_cost = costs.of(self._shared())
+        """Of the fully shared network with the base blocks: the unit of `resource_weight`."""
+        self.step = 0
+        self.network.train()
+
+    def _shared(self) -> Branching:
+        space = self.encoder.space
+        path = None if space is None else space.base_architecture
+        return Branching.shared(list(self.tasks), len(self.encoder.layers), path)
+
+    # Checkpoints ----------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """All state that later steps depend on."""
+        return {
+            "stage": "branching",
+            "step": self.step,
+            "seed": self.seed,
+            "mu": self.mu,
+            "macs": self.macs,
+            "num_alpha_steps": self.num_alpha_steps,
+            "network": self.network.state_dict(),
+            "alpha": self.parameters.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "alpha_optimizer": self.alpha_optimizer.state_dict(),
+            "balancing": self.balancing.state_dict(),
+            "torch_random_state": torch.get_rng_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state.
+
+        Raises:
+            ValueError: if the state is of another seed, network or balancing.
+        """
+        if state.get("stage") != "branching":
+            raise ValueError(
+                f"the checkpoint is of {state.get('stage')}, not of a branching search"
+            )
+        if state["seed"] != self.seed:
+            raise ValueError(f"checkpoint has seed {state['seed']}, the config {self.seed}")
+        try:
+            self.network.load_state_dict(state["network"])
+            self.parameters.load_state_dict(state["alpha"])
+        except RuntimeError as error:
+            first = str(error).splitlines()[0]
+            raise ValueError(f"the checkpoint is of another network: {first}") from None
+        self.balancing.load_state_dict(state["balancing"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.alpha_optimizer.load_state_dict(state["alpha_optimizer"])
+        self.step, self.mu, self.macs = state["step"], state["mu"], state["macs"]
+        self.num_alpha_steps = state["num_alpha_steps"]
+        torch.set_rng_state(state["torch_random_state"])
+
+    def resume(self, checkpoint: Path) -> None:
+        """Continue from a checkpoint file where there is one.
+
+        Raises:
+            ValueError: if it is damaged or of another run.
+        """
+        if checkpoint.exists():
+            self.load_state_dict(load_checkpoint(checkpoint))
+
+    def run(
+        self, folder: Path, checkpoint: Path, on_save: Callable[[], None] = lambda: None
+    ) -> None:
+        """Search from the current step to the end.
+
+        Args:
+            folder: the run folder, for the log.
+            checkpoint: the checkpoint file to write.
+            on_save: called after each checkpoint.
+
+        Raises:
+            Interrupted: after Ctrl-C, once the checkpoint is written.
+            RuntimeError: if a loss is not finite.
+        """
+
+        def take_step(step: int) -> dict[str, float | Tensor]:
+            values = self.take_step(step)
+            self.step = step + 1
+            return values
+
+        def save(_: int) -> None:
+            save_checkpoint(checkpoint, self.state_dict())
+            on_save()
+
+        with StageLog(folder, "branching", total=self.config.steps, start=self.step) as log:
+            run_steps(log, take_step, save, self._describe, self.config.loop)
+
+    def _describe(self, values: Mapping[str, float]) -> str:
+        parts = [f"loss {values['loss/weights']:.3f}"]
+        parts += [f"{name} {values[f'loss/{name}']:.3f}" for name in self.tasks]
+        parts.append(f"E[cost] {values['cost/expected']:.3f} {self.costs.unit}")
+        phase = "warm-up" if values["temperature"] == 0 else f"T {values['temperature']:.2f}"
+        return "  ".join([*parts, phase])
+
+    # Steps ----------------------------------------------------------------------------------
+
+    def take_step(self, step: int) -> dict[str, float | Tensor]:
+        """One weight step, before it the alpha steps of a new cycle; returns numbers to log."""
+        config = self.config
+        config.optimizer.apply(self.optimizer, step, config.steps)
+        if step < config.warmup_steps:
+            values = self._routed_step(step, self._own_routes(step))
+            return values | self._cost_values() | {"temperature": 0.0}
+        alpha_values: dict[str, float | Tensor] = {}
+        cycle = config.cycle_steps or max(len(self.splits["weights"]) // config.batch_size, 1)
+        if (step - config.warmup_steps) % cycle == 0:
+            share = config.alpha_share / (1 - config.alpha_share)
+            for _ in range(max(round(share * cycle), 1)):
+                alpha_values = self._alpha_step(step)
+            # The branching has changed: the momentum is of others (BMTAS appendix A). So would be
+            # running BN statistics, but the supergraph keeps none.
+            self._reset_momentum()
+        if config.gates == "soft":
+            values = self._mixed_step(step)
+        else:
+            generator = numpy_generator(self.seed, "routes", step)
+            routes = self.parameters.sample(generator, exploration=config.exploration)
+            values = self._routed_step(step, routes)
+        return (
+            values | self._cost_values() | alpha_values | {"temperature": self._temperature(step)}
+        )
+
+    def _own_routes(self, step: int) -> Routes:
+        """Each task along its own candidates, with blocks drawn uniformly."""
+        routes = self.parameters.sample(
+            numpy_generator(self.seed, "warm-up", step), exploration=1.0
+        )
+        num_tasks, num_layers, _ = self.parameters.routes.shape
+        return Routes(tuple((task,) * num_layers for task in range(num_tasks)), routes.options)
+
+    def _routed_step(self, step: int, routes: Routes) -> dict[str, float | Tensor]:
+        """Train the network of some routes and, where blocks vary, its largest and smallest."""
+        batch = self._batch("weights", step)
+        self.optimizer.zero_grad(set_to_none=True)
+        runs = [routes]
+        if routes.options is not None and self.config.sandwich:
+            runs = [self._extreme(routes, largest=True), routes]
+            runs.append(self._extreme(routes, largest=False))
+        trained, balance = list[dict[str, Tensor]](), self.balancing.values()
+        logged = batch["image"].new_zeros(())
+        for run in runs:
+            losses = task_losses(self.tasks, self.network(batch["image"], run), batch)
+            branching = run.branching(list(self.tasks))
+            check_finite(losses, where=f"branching step {step}", run=lambda: branching)  # noqa: B023
+            loss = self.balancing.loss(losses)
+            (loss / len(runs)).backward()
+            trained.append({name: value.detach() for name, value in losses.items()})
+            if run is routes:
+                logged = loss.detach()
+            self._spend(self._mac_costs.of(branching) * 1e9, batch)
+        self._update(step, str(routes.branching(list(self.tasks))))
+        self.balancing.end_step(*trained)
+        losses = trained[runs.index(routes)]
+        return {"loss/weights": logged, **_named(losses), **balance}
+
+    def _mixed_step(self, step: int) -> dict[str, float | Tensor]:
+        """Train all candidates by soft gates, one task after the other."""
+        batch = self._batch("weights", step)
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            gates = self._gates(step, "weights")
+        weights, balance = self.balancing.weights(), self.balancing.values()
+        losses = {}
+        for name, task in self.tasks.items():
+            output = self.network(batch["image"], gates, (name,))[name]
+            loss = task.loss(output, batch[name])
+            check_finite({name: loss}, where=f"branching step {step}", run=lambda: "mixture")
+            # At once, so that one task's activations are held at a time.
+            (weights[name] * loss).backward()
+            losses[name] = loss.detach()
+        balanced = self.balancing.loss(losses)
+        if balanced.requires_grad:  # what the balancing learns
+            balanced.backward()
+        self._spend(self._mixed_macs, batch)
+        self._update(step, "mixture")
+        self.balancing.end_step(losses)
+        return {"loss/weights": balanced.detach(), **_named(losses), **balance}
+
+    def _update(self, step: int, what: str) -> None:
+        trainable = [p for p in self.network.parameters() if p.grad is not None]
+        norm = torch.nn.utils.clip_grad_norm_(trainable, self.config.optimizer.clip_grad_norm)
+        check_gradient(norm, where=f"branching step {step}", run=lambda: what)
+        self.optimizer.step()
+
+    def _reset_momentum(self) -> None:
+        for state in self.optimizer.state.values():
+            for name in ("exp_avg", "momentum_buffer"):
+                if state.get(name) is not None:
+                    state[name].zero_()
+
+    def _alpha_step(self, step: int) -> dict[str, float | Tensor]:
+        """One step of alpha by the tasks' losses and the expected cost."""
+        number = self.num_alpha_steps
+        batch = self._batch("alpha", number)
+        gates = self._gates(number, "alpha", step)
+        # The tasks' gradients meet at the gates, so one task's activations are held at a time.
+        held = [t.detach().requires_grad_(t.requires_grad) for t in gates.tensors]
+        leaves = [t for t in held if t.requires_grad]
+        gradients = [torch.zeros_like(t) for t in leaves]
+        cut, weights, losses = gates.with_tensors(held), self.balancing.weights(), {}
+        for name, task in self.tasks.items():
+            output = self.network(batch["image"], cut, (name,))[name]
+            loss = task.loss(output, batch[name])
+            check_finite(
+                {name: loss}, where=f"branching step {step} (alpha)", run=lambda: "mixture"
+            )
+            found = torch.autograd.grad(weights[name] * loss, leaves, allow_unused=True)
+            for total, part in zip(gradients, found, strict=True):
+                if part is not None:
+                    total += part
+            losses[name] = loss.detach()
+        parameters = list(self.parameters.parameters())
+        outputs = [t for t in gates.tensors if t.requires_grad]
+        task_gradients = torch.autograd.grad(outputs, parameters, gradients)
+        self._spend(self._mixed_macs, batch)
+        values = self._alpha_update(step, task_gradients)
+        self.num_alpha_steps += 1
+        return values | {"loss/alpha": weighted_sum(weights, losses)}
+
+    def _alpha_update(
+        self, step: int, task_gradients: tuple[Tensor, ...]
+    ) -> dict[str, float | Tensor]:
+        config, parameters = self.config, list(self.parameters.parameters())
+        if config.objective == "budget" and config.latency.schedule == "ramp":
+            self.mu = config.latency.weight * min(2 * config.progress(step), 1.0)
+        expected = self.expected_cost()
+        term, weight = self._cost_term(expected)
+        found = torch.autograd.grad(weight * term, parameters, allow_unused=True)
+        cost_gradients = [
+            torch.zeros_like(p) if part is None else part
+            for p, part in zip(parameters, found, strict=True)
+        ]
+        norms = [_norm(task_gradients), _norm(cost_gradients)]
+        check_gradient(
+            norms[0] + norms[1], where=f"branching step {step} (alpha)", run=lambda: "mixture"
+        )
+        for parameter, *parts in zip(parameters, task_gradients, cost_gradients, strict=True):
+            parameter.grad = parts[0] + parts[1]
+        self.alpha_optimizer.step()
+        if config.objective == "budget" and config.latency.schedule == "dual":
+            assert self.target is not None
+            ratio = math.log(float(expected.detach()) / self.target)
+            self.mu = max(0.0, self.mu + config.latency.dual_rate * ratio)
+        return {
+            "cost/weight": weight,
+            "alpha/cost_to_task_gradient": norms[1] / norms[0].clamp_min(1e-12),
+        }
+
+    def _cost_term(self, expected: Tensor) -> tuple[Tensor, float]:
+        """What the objective adds to the tasks' losses, and its weight."""
+        if self.config.objective == "weighted":
+            return expected / self.shared_cost, self.config.resource_weight
+        assert self.target is not None
+        return (expected / self.target).log().relu(), self.mu
+
+    def _cost_values(self) -> dict[str, float | Tensor]:
+        with torch.no_grad():
+            return {
+                "cost/expected": self.expected_cost(),
+                "alpha/entropy": self.parameters.entropy(),
+            }
+
+    def expected_cost(self) -> Tensor:
+        """E[cost] under softmax(alpha) in the unit of `costs`, with gradient."""
+        probabilities = self.parameters.probabilities()
+        return self.costs.expected(probabilities.routes, probabilities.options)
+
+    def _temperature(self, step: int) -> float:
+        return self.config.temperature.at(self.config.progress(step))
+
+    def _gates(self, number: int, purpose: str, step: int | None = None) -> RouteGates:
+        generator = torch_generator(self.seed, "gumbel", purpose, number)
+        temperature = self._temperature(number if step is None else step)
+        hard = self.config.gates == "hard"
+        return self.parameters.gates(temperature, hard=hard, generator=generator)
+
+    def _extreme(self, routes: Routes, *, largest: bool) -> Routes:
+        space, drawn = self.encoder.space, routes.options
+        assert space is not None
+        assert drawn is not None
+        options = tuple(space.extreme(one, largest=largest) for one in drawn)
+        return Routes(routes.candidates, options)
+
+    def _spend(self, forward_macs: float, batch: Mapping[str, Tensor]) -> None:
+        self.macs += training_macs(int(forward_macs), len(batch["image"]))
+
+    def _batch(self, split: str, step: int) -> dict[str, Tensor]:
+        return training_batch(
+            self.splits[split],
+            name=f"branching.{split}",
+            step=step,
+            batch_size=self.config.batch_size,
+            seed=self.seed,
+            augmentation=self.augmentation,
+            device=self.device,
+        )
+
+    def alarms(self) -> list[str]:
+        """What looks wrong with the search, in words; empty if nothing does."""
+        found = []
+        entropy, maximum = float(self.parameters.entropy().detach()), self.parameters.max_entropy
+        if self.step >= self.config.steps and entropy > 0.95 * maximum:
+            found.append(
+                f"alpha is still almost uniform (entropy {entropy:.1f} of {maximum:.1f} nats); "
+                f"raise alpha_learning_rate or search longer"
+            )
+        expected = float(self.expected_cost().detach())
+        if (
+            self.config.objective == "budget"
+            and self.target is not None
+            and self.step >= self.config.steps
+            and expected > 1.1 * self.target
+        ):
+            found.append(
+                f"E[cost] {expected:.3g} {self.costs.unit} ends above the target "
+                f"{self.target:.3g}; raise latency.weight or search longer"
+            )
+        return found
+
+
+def mixed_macs(costs: BranchCosts, num_tasks: int) -> float:
+    """Multiply-adds of all tasks' mixtures: each runs every candidate of every layer, in full."""
+    layers = float(costs.layers[:, 0].sum())
+    for prices in costs.blocks:
+        # Every op once, at the largest kernel, expansion and widths.
+        layers += float(prices[-1, :, -1, -1, -1, 0].sum())
+    layers += sum(float(prices[-1, 0]) for prices in costs.laterals.values())
+    return 1e9 * (num_tasks**2 * layers + float(costs.constant[0]))
+
+
+def _named(losses: Mapping[str, Tensor]) -> dict[str, float | Tensor]:
+    return {f"loss/{name}": value for name, value in losses.items()}
+
+
+def _norm(gradients: tuple[Tensor, ...] | list[Tensor]) -> Tensor:
+    return torch.stack([gradient.norm() for gradient in gradients]).norm()

@@ -1,0 +1,575 @@
+"""A run that searches what tasks share: search, derive, retrain with baselines, evaluate, report.
+
+Each stage reads what the one before wrote, so a run can be cut anywhere and go on.
+"""
+
+import datetime
+import statistics
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from oneshot_ednas.config import TaskSharingConfig
+from oneshot_ednas.latency.table import LatencyTable
+from oneshot_ednas.models.encoder import Chain
+from oneshot_ednas.models.macs import module_macs
+from oneshot_ednas.report import RunPictures, write_sharing_report
+from oneshot_ednas.retrain import NetworkTraining, train_to_end
+from oneshot_ednas.reward import deltas
+from oneshot_ednas.run_folder import Frames, RunFolder, over_seeds, versions
+from oneshot_ednas.schema import find_file, read_json
+from oneshot_ednas.sharing.backbone import make_encoder
+from oneshot_ednas.sharing.branched import BranchedNetwork, branched_network, learning_rate_scales
+from oneshot_ednas.sharing.branching import Branching, nearest
+from oneshot_ednas.sharing.branching_search import BranchingSearch
+from oneshot_ednas.sharing.costs import BranchCosts, latency_costs, mac_costs
+from oneshot_ednas.sharing.derive_branched import (
+    DerivedBranching,
+    derive_branched,
+    rank_branchings,
+    smallest_cost,
+)
+from oneshot_ednas.sharing.groupings import all_groupings, grouping_probabilities
+from oneshot_ednas.sharing.operator_search import OperatorSearch, rank_policies
+from oneshot_ednas.sharing.operators import OperatorNetwork, operator_network
+from oneshot_ednas.sharing.policy import Policy
+from oneshot_ednas.store import load_checkpoint, write_json
+from oneshot_ednas.tasks import lower_is_better
+from oneshot_ednas.training import Metrics, derived_seed, evaluate, note, numpy_generator
+
+NUM_PICTURES = 4
+NUM_RANDOM_TREES = 500
+"""Trees among which the baseline `random` is the one whose cost is nearest to the found one's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A network to train from scratch, once per seed."""
+
+    what: str
+    """In one line, for the report."""
+    build: Callable[[], nn.Module]
+    identity: object
+    """As of `NetworkTraining`."""
+    branching: Branching | None = None
+    num_seeds: int = 1
+
+
+class SharingRun(RunFolder[TaskSharingConfig], ABC):
+    """What the runs of both methods share: a backbone, baselines, trainings and their scores."""
+
+    method: str
+    found: str
+    """Name of the network that the search found."""
+
+    def __init__(self, config: TaskSharingConfig, folder: Path) -> None:
+        """Load and check everything that can be wrong before a file is written.
+
+        Args:
+            config: the config, its files named as `load_config` does.
+            folder: the run folder; need not exist yet.
+
+        Raises:
+            ValueError: for whatever is wrong in config, backbone, table, data or target.
+            FileNotFoundError: for a missing file.
+        """
+        super().__init__(config, folder)
+        self.encoder = make_encoder(config.backbone)
+        self.macs: BranchCosts = mac_costs(self.encoder, config.data.image_size, self.out_channels)
+        self.latencies: BranchCosts | None = None
+        if config.latency is not None and self.encoder.space is not None:
+            table = LatencyTable.load(find_file(config.latency.table))
+            self.table = replace(table, name=Path(config.latency.table).name)
+            self.table.check_image_size(*config.data.image_size)
+            self.table.check_calibrated(allowed=config.latency.allow_uncalibrated)
+            self.latencies = latency_costs(self.encoder.space, self.table, self.out_channels)
+        self._check_search()
+        self.frames = Frames.load(
+            config.data, self.tasks, splits=self.search_config.splits, seed=config.seed
+        )
+        self.frames.check_batches(
+            f"{self.method}.batch_size", self.search_config.batch_size, "weights", "alpha"
+        )
+        self.frames.check_batches("retrain.batch_size", config.retrain.batch_size)
+        self.frames.check_scored(self.tasks)
+
+    @property
+    @abstractmethod
+    def search_config(self) -> Any:
+        """The config of the search, with its splits and batch size."""
+
+    def _check_search(self) -> None:
+        """Refuse what the search cannot do, before the data are read."""
+
+    @abstractmethod
+    def find(self) -> None:
+        """Search and derive, where that is not done."""
+
+    @abstractmethod
+    def found_plan(self) -> Plan:
+        """The network that the search found."""
+
+    @abstractmethod
+    def search_figures(self) -> dict[str, Any]:
+        """What the results tell of the search."""
+
+    @property
+    def _contents(self) -> dict[Path, tuple[str, str]]:
+        contents = self.frames.contents(self.files)
+        if self.encoder.space is not None:
+            contents[self.files.space] = ("search space", self.encoder.space.to_yaml())
+        if self.latencies is not None:
+            contents[self.files.table] = ("latency table", self.table.to_text())
+        return contents | super()._contents
+
+    # Networks -------------------------------------------------------------------------------
+
+    @cached_property
+    def plans(self) -> dict[str, Plan]:
+        """The networks to train, by name."""
+        found = self.found_plan()
+        plans = {self.found: found}
+        for name in self.config.baselines:
+            plans |= self._baseline(name, found)
+        return plans
+
+    def _baseline(self, name: str, found: Plan) -> dict[str, Plan]:
+        tasks, count = list(self.tasks), len(self.encoder.layers)
+        path = None if self.encoder.space is None else self.encoder.space.base_architecture
+        costs = self.latencies or self.macs
+        match name:
+            case "separate":
+                one = Branching.separate(tasks, count, path)
+                return {name: self.branched_plan(one, "an encoder per task: single-task networks")}
+            case "shared":
+                one = Branching.shared(tasks, count, path)
+                return {name: self.branched_plan(one, "one encoder for all tasks")}
+            case "vanilla":
+                trees = [Branching.vanilla(tasks, count, n, path) for n in range(count + 1)]
+                one = nearest(trees, costs.of, self._cost_of(found, costs))
+                return {name: self.branched_plan(one, f"all tasks part at once; {one}")}
+            case "random":
+                generator = numpy_generator(self.config.seed, "random branching")
+                trees = [
+                    Branching.random(tasks, count, generator, path) for _ in range(NUM_RANDOM_TREES)
+                ]
+                one = nearest(trees, costs.of, self._cost_of(found, costs))
+                return {name: self.branched_plan(one, f"a drawn tree; {one}")}
+        assert found.branching is not None
+        generator = numpy_generator(self.config.seed, "permutations")
+        plans = {}
+        for number in range(self.config.num_permutations):
+            order = generator.permutation(len(tasks)).tolist()
+            one = found.branching.permuted(order)
+            plan = self.branched_plan(one, f"the found tree, tasks permuted; {one}")
+            plans[f"permuted_{number + 1}"] = replace(plan, num_seeds=1)
+        return plans
+
+    def branched_plan(self, branching: Branching, what: str) -> Plan:
+        """The network of a branching."""
+        return Plan(
+            what=what,
+            build=partial(branched_network, self.encoder, branching, self.out_channels),
+            identity=branching.to_json(),
+            branching=branching,
+            num_seeds=self.config.retrain.num_seeds,
+        )
+
+    def _cost_of(self, plan: Plan, costs: BranchCosts) -> float:
+        return self._gmacs_of(plan) if plan.branching is None else costs.of(plan.branching)
+
+    def _gmacs_of(self, plan: Plan) -> float:
+        if plan.branching is not None:
+            return self.macs.of(plan.branching)
+        return module_macs(plan.build(), torch.empty(1, 3, *self.config.data.image_size)) / 1e9
+
+    # Training and scores --------------------------------------------------------------------
+
+    def retrain(self) -> None:
+        """Train all networks from scratch, where that is not done."""
+        for name, plan in self.plans.items():
+            for number in range(plan.num_seeds):
+                stage = f"retrain.{name}.seed_{number}"
+                if not self._is_trained(stage):
+                    with self.timed(stage) as add_time:
+                        self._train(plan, stage, number, add_time)
+
+    def _train(
+        self, plan: Plan, stage: str, number: int, on_save: Callable[[], None] = lambda: None
+    ) -> nn.Module:
+        scales = None
+        if plan.branching is not None and self.config.divides_learning_rate:
+            scales = learning_rate_scales(plan.branching)
+        training = NetworkTraining(
+            self.config.retrain,
+            plan.build,
+            self.tasks,
+            self.frames.train,
+            identity=plan.identity,
+            label=plan.what,
+            stage=stage,
+            augmentation=self.config.data.augment,
+            seed=derived_seed(self.config.seed, "retrain", number) if number else self.config.seed,
+            device=self.device,
+            lr_scales=scales,
+        )
+        return train_to_end(
+            training,
+            folder=self.files.folder,
+            checkpoint=self.files.checkpoint(stage),
+            on_save=on_save,
+        )
+
+    def _is_trained(self, stage: str) -> bool:
+        path = self.files.checkpoint(stage)
+        return path.exists() and int(load_checkpoint(path)["step"]) >= self.config.retrain.steps
+
+    def evaluate(self) -> dict[str, Any]:
+        """Score the trained networks on the test split and write `results.json`."""
+        with self.timed("evaluate"):
+            networks = {name: self._figures(name, plan) for name, plan in self.plans.items()}
+        baseline = "separate" if "separate" in networks else self.found
+        for row in networks.values():
+            row["delta"] = self._gains(row["metrics"], networks[baseline]["metrics"])
+        results = {
+            "method": self.method,
+            "backbone": self.encoder.name,
+            "found": self.found,
+            "baseline": baseline,
+            "target_ms": None if self.config.latency is None else self.config.latency.target_ms,
+            "networks": networks,
+            "search": self.search_figures(),
+            "seconds": self.seconds,
+            "seed": self.config.seed,
+            "num_frames": {"train": len(self.frames.train), "test": len(self.frames.test)},
+            "date": datetime.date.today().isoformat(),
+            "versions": versions(self.device),
+        }
+        write_json(self.files.results, results)
+        return results
+
+    def _figures(self, name: str, plan: Plan) -> dict[str, Any]:
+        scores, network = [], None
+        for number in range(plan.num_seeds):
+            network = self._train(plan, f"retrain.{name}.seed_{number}", number)
+            scores.append(self._score(network))
+        assert network is not None
+        return {
+            "what": plan.what,
+            "parameters": sum(p.numel() for p in network.parameters()),
+            "shared_parameters": _shared_fraction(network, plan),
+            "gmacs": self._gmacs_of(plan),
+            "latency_ms": self._latency_of(plan),
+            "metrics": over_seeds(scores, statistics.fmean),
+            "metrics_std": over_seeds(scores, statistics.stdev) if len(scores) > 1 else None,
+            "branching": None
+            if plan.branching is None
+            else [list(labels) for labels in plan.branching.groupings],
+            "seeds": plan.num_seeds,
+        }
+
+    def _latency_of(self, plan: Plan) -> float | None:
+        if plan.branching is None or self.latencies is None:
+            return None
+        return self.latencies.of(plan.branching)
+
+    def _score(self, network: nn.Module) -> Metrics:
+        return evaluate(
+            network,
+            self.frames.test,
+            self.tasks,
+            batch_size=self.config.derive.batch_size,
+            device=self.device,
+        )
+
+    def _gains(self, metrics: Metrics, baseline: Metrics) -> dict[str, Any]:
+        names = {name: list(task.reward_metrics) for name, task in self.tasks.items()}
+        found = deltas(metrics, baseline, names=names, lower_is_better=lower_is_better(self.tasks))
+        return {"overall": found.overall, "tasks": dict(found.tasks)}
+
+    def report(self) -> Path:
+        """Write `report.html` with trees or policies, curves and pictures of predictions."""
+        with self.timed("report"):
+            plan = self.plans[self.found]
+            network = self._train(plan, f"retrain.{self.found}.seed_0", 0)
+            pictures = RunPictures.taken(
+                network, self.frames.test, self.tasks, num_pictures=NUM_PICTURES, device=self.device
+            )
+        return write_sharing_report(
+            self.files.folder,
+            tasks=self.tasks,
+            pictures=pictures,
+            class_names=self.frames.test.class_names,
+        )
+
+    def run_all(self) -> dict[str, Any]:
+        """All stages that are not done yet, in order; returns the results."""
+        self.find()
+        self.retrain()
+        results = self.evaluate()
+        self.report()
+        return results
+
+
+class BranchRun(SharingRun):
+    """Where tasks part, and, with `backbone.architecture: search`, of which blocks."""
+
+    method, found = "branching", "branched"
+
+    @property
+    def search_config(self) -> Any:
+        """The branching search.
+
+        Raises:
+            ValueError: if the config has none.
+        """
+        if self.config.branching is None:
+            raise ValueError("the config has no section branching; see configs/branch_streets.yaml")
+        return self.config.branching
+
+    @property
+    def _is_within_budget(self) -> bool:
+        return bool(self.search_config.objective == "budget")
+
+    def _check_search(self) -> None:
+        latency = self.config.latency
+        if not self._is_within_budget or latency is None or self.latencies is None:
+            return
+        least = smallest_cost(self.latencies, list(self.tasks))
+        if not latency.target_ms >= least:
+            raise ValueError(
+                f"latency.target_ms is {latency.target_ms:.4g} ms, below the smallest branched "
+                f"network of {self.encoder.name}: {least:.4g} ms; raise it"
+            )
+
+    @cached_property
+    def search(self) -> BranchingSearch:
+        """The search, from its checkpoint where there is one."""
+        config = self.search_config
+        counted = self._is_within_budget or config.resource == "latency"
+        costs = self.latencies if counted else self.macs
+        assert costs is not None
+        search = BranchingSearch(
+            config,
+            self.encoder,
+            self.tasks,
+            costs=costs,
+            macs=self.macs,
+            target=self.config.latency.target_ms if self.config.latency is not None else None,
+            splits={name: self.frames.part(name) for name in ("weights", "alpha")},
+            augmentation=self.config.data.augment,
+            seed=self.config.seed,
+            device=self.device,
+        )
+        search.resume(self.files.checkpoint("branching"))
+        return search
+
+    def find(self) -> None:
+        """Search and derive, where that is not done."""
+        if self.files.branching.exists():
+            return
+        search = self.search
+        if search.step < search.config.steps:
+            note(
+                f"branch: {self.encoder.name}, {len(self.encoder.layers)} layers, "
+                f"{len(self.tasks)} tasks, {search.config.steps} steps on {self.device}"
+            )
+            with self.timed("branching") as add_time:
+                search.run(self.files.folder, self.files.checkpoint("branching"), add_time)
+        for alarm in search.alarms():
+            note(f"branch: warning: {alarm}")
+        with self.timed("derive"):
+            derived = self._derive(search)
+        probabilities = search.parameters.probabilities().routes.detach().cpu().double()
+        names = [",".join(map(str, grouping)) for grouping in all_groupings(len(self.tasks))]
+        rows = grouping_probabilities(probabilities).clamp(0, 1).tolist()
+        write_json(
+            self.files.branching,
+            derived.branching.to_json()
+            | {
+                "layers": [layer.name for layer in self.encoder.layers],
+                "candidates": [list(route) for route in derived.candidates],
+                "probabilities": probabilities.tolist(),
+                "grouping_probabilities": [dict(zip(names, row, strict=True)) for row in rows],
+                "search": {
+                    "expected": float(search.expected_cost().detach()),
+                    "unit": search.costs.unit,
+                    "found": derived.cost,
+                    "shared": search.shared_cost,
+                    "lambda": None if self._is_within_budget else search.config.resource_weight,
+                    "macs": search.macs,
+                    "alarms": search.alarms(),
+                },
+            },
+        )
+        note(f"branch: {derived.cost:.4g} {search.costs.unit}, {derived.branching}")
+
+    def _derive(self, search: BranchingSearch) -> DerivedBranching:
+        if not self._is_within_budget:
+            routes = search.parameters.argmax()
+            branching = routes.branching(list(self.tasks))
+            if branching.paths is None and self.encoder.space is not None:
+                path = self.encoder.space.base_architecture
+                branching = replace(branching, paths=(path,) * len(self.tasks))
+            return DerivedBranching(
+                candidates=routes.candidates,
+                branching=branching,
+                cost=search.costs.of(branching),
+                log_probability=0.0,
+            )
+        assert search.target is not None
+        found = derive_branched(
+            search.parameters,
+            search.costs,
+            list(self.tasks),
+            target=search.target,
+            num_candidates=search.config.num_candidates,
+            generator=numpy_generator(self.config.seed, "candidates"),
+        )
+        ranked = rank_branchings(
+            found,
+            search,
+            target=search.target,
+            calibration=self.frames.part("weights"),
+            validation=self.frames.part("validation"),
+            config=self.config.derive,
+        )
+        return ranked[0].derived
+
+    def found_plan(self) -> Plan:
+        """The derived branching."""
+        branching = Branching.from_json(read_json(self.files.branching))
+        return self.branched_plan(branching, str(branching))
+
+    def search_figures(self) -> dict[str, Any]:
+        """Cost, lambda, time and alarms."""
+        held = read_json(self.files.branching)["search"]
+        seconds = sum(self.seconds.get(stage, 0.0) for stage in ("branching", "derive"))
+        return held | {"seconds": seconds}
+
+
+class ShareRun(SharingRun):
+    """Which operators each task shares, copies and skips."""
+
+    method, found = "operators", "operators"
+
+    @property
+    def search_config(self) -> Any:
+        """The operator search.
+
+        Raises:
+            ValueError: if the config has none.
+        """
+        if self.config.operators is None:
+            raise ValueError("the config has no section operators; see configs/share_streets.yaml")
+        return self.config.operators
+
+    def _check_search(self) -> None:
+        for name in self.config.baselines:
+            if name == "permuted":
+                raise ValueError("baselines: permuted is of a branching; leave it out")
+
+    @cached_property
+    def search(self) -> OperatorSearch:
+        """The search, from its checkpoint where there is one."""
+        search = OperatorSearch(
+            self.search_config,
+            partial(Chain, self.encoder),
+            self.encoder.build_decoder,
+            self.tasks,
+            splits={name: self.frames.part(name) for name in ("weights", "alpha")},
+            augmentation=self.config.data.augment,
+            seed=self.config.seed,
+            device=self.device,
+            operator_types=self.config.backbone.operator_types,
+        )
+        search.resume(self.files.checkpoint("operators"))
+        return search
+
+    def find(self) -> None:
+        """Search and rank, where that is not done."""
+        if self.files.policy.exists():
+            return
+        search = self.search
+        if search.step < search.config.steps:
+            note(
+                f"share: {self.encoder.name}, {len(search.supermodel.operators)} operators, "
+                f"{len(self.tasks)} tasks, {search.config.steps} steps on {self.device}"
+            )
+            with self.timed("operators") as add_time:
+                search.run(self.files.folder, self.files.checkpoint("operators"), add_time)
+        for alarm in search.alarms():
+            note(f"share: warning: {alarm}")
+        with self.timed("derive"):
+            ranked = rank_policies(
+                search,
+                search.candidates(),
+                calibration=self.frames.part("weights"),
+                validation=self.frames.part("validation"),
+                calibration_batches=self.config.derive.calibration_batches,
+                batch_size=self.config.derive.batch_size,
+            )
+        policy = ranked[0].policy
+        described = search.supermodel.describe(policy, search.policy.probabilities())
+        held = {
+            "expected": None,
+            "unit": None,
+            "lambda": search.config.regularization,
+            "candidates": [
+                {"accuracy": one.accuracy, "shares": one.policy.shares()} for one in ranked
+            ],
+            "alarms": search.alarms(),
+        }
+        write_json(self.files.policy, described | {"search": held})
+        shares = ", ".join(f"{name} {share:.0%}" for name, share in policy.shares().items())
+        note(f"share: {shares}, best of {len(ranked)} policies")
+
+    def found_plan(self) -> Plan:
+        """The ranked policy's network, with fresh weights."""
+        policy = Policy.from_json(read_json(self.files.policy))
+        shares = ", ".join(f"{name} {share:.0%}" for name, share in policy.shares().items())
+        return Plan(
+            what=f"operators: {shares}",
+            build=partial(self._build, policy),
+            identity=policy.to_json(),
+            num_seeds=self.config.retrain.num_seeds,
+        )
+
+    def _build(self, policy: Policy) -> OperatorNetwork:
+        decoders: Mapping[str, nn.Module] = {
+            name: self.encoder.build_decoder(count) for name, count in self.out_channels.items()
+        }
+        return operator_network(
+            partial(Chain, self.encoder),
+            decoders,
+            torch.zeros(1, 3, *self.config.data.image_size),
+            policy,
+            self.config.backbone.operator_types,
+        )
+
+    def search_figures(self) -> dict[str, Any]:
+        """lambda_reg, time and alarms."""
+        held = read_json(self.files.policy)["search"]
+        seconds = sum(self.seconds.get(stage, 0.0) for stage in ("operators", "derive"))
+        return {**held, "seconds": seconds}
+
+
+def _shared_fraction(network: nn.Module, plan: Plan) -> float:
+    """Share of the encoder's parameters that two or more tasks use."""
+    if isinstance(network, OperatorNetwork):
+        return network.shared_fraction
+    assert isinstance(network, BranchedNetwork)
+    assert plan.branching is not None
+    shared = sum(
+        sum(p.numel() for p in network.candidates(layer)[group].parameters())
+        for layer, count in enumerate(plan.branching.num_groups)
+        for group in range(count)
+        if plan.branching.sharing_tasks(layer, group) > 1
+    )
+    return float(shared / network.num_encoder_parameters)
