@@ -208,10 +208,6 @@ class TaskSharingConfig:
                 f"latency tables are of EDNAS spaces, the backbone is {self.backbone.name}; leave "
                 f"latency out"
             )
-        if self.backbone.has_choices and self.operators is not None:
-            raise ValueError(
-                "operator sharing takes one architecture: backbone.architecture base or a file"
-            )
         if self.branching is not None:
             needs = self.branching.objective == "budget" or self.branching.resource == "latency"
             if needs and self.latency is None:

@@ -330,7 +330,9 @@ class BranchRun(SharingRun):
             ValueError: if the config has none.
         """
         if self.config.branching is None:
-            raise ValueError("the config has no section branching; see configs/branch_streets.yaml")
+            raise ValueError(
+                "the config has no section branching; see configs/sharing_streets_tiny.yaml"
+            )
         return self.config.branching
 
     @property
@@ -467,13 +469,18 @@ class ShareRun(SharingRun):
             ValueError: if the config has none.
         """
         if self.config.operators is None:
-            raise ValueError("the config has no section operators; see configs/share_streets.yaml")
+            raise ValueError(
+                "the config has no section operators; see configs/sharing_streets_tiny.yaml"
+            )
         return self.config.operators
 
     def _check_search(self) -> None:
-        for name in self.config.baselines:
-            if name == "permuted":
-                raise ValueError("baselines: permuted is of a branching; leave it out")
+        if self.config.backbone.has_choices:
+            raise ValueError(
+                "operator sharing takes one architecture: backbone.architecture base or a file"
+            )
+        if "permuted" in self.config.baselines:
+            raise ValueError("baselines: permuted is of a branching; leave it out")
 
     @cached_property
     def search(self) -> OperatorSearch:

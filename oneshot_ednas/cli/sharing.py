@@ -60,14 +60,14 @@ _command(
     "Search where tasks part in the encoder (BMTAS), train the branched network and its baselines "
     "from scratch, and report. With backbone.architecture: search, blocks and branching are "
     "searched together.",
-    "oneshot-ednas branch configs/branch_streets_tiny.yaml --out runs/branch",
+    "oneshot-ednas branch configs/sharing_streets_tiny.yaml --out runs/branch",
 )
 _command(
     "share",
     ShareRun,
     "Search which operators each task shares, copies or skips (AutoMTL), train the network and its "
     "baselines from scratch, and report.",
-    "oneshot-ednas share configs/share_streets_tiny.yaml --out runs/share",
+    "oneshot-ednas share configs/sharing_streets_tiny.yaml --out runs/share",
 )
 
 
