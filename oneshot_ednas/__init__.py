@@ -22,6 +22,8 @@ from oneshot_ednas.derive import derive_architectures, pareto_front
 from oneshot_ednas.export import export_tflite
 from oneshot_ednas.latency.expected import expected_latency
 from oneshot_ednas.latency.table import LatencyTable
+from oneshot_ednas.models.deeplab import named_encoder
+from oneshot_ednas.models.encoder import Chain, Encoder, EncoderLayer, ednas_encoder
 from oneshot_ednas.models.network import (
     Network,
     build_network,
@@ -31,6 +33,10 @@ from oneshot_ednas.models.network import (
 )
 from oneshot_ednas.relaxation import ArchitectureParameters, BlockGates, Gates, one_hot_gates
 from oneshot_ednas.reward import accuracy_product, deltas, reward
+from oneshot_ednas.sharing.branched import branched_network, supergraph
+from oneshot_ednas.sharing.branching import Branching
+from oneshot_ednas.sharing.operators import compile_supermodel
+from oneshot_ednas.sharing.policy import Policy
 from oneshot_ednas.space import SearchSpace, ednas_b0, ednas_tiny, named_space
 
 try:
@@ -43,24 +49,34 @@ __all__ = [
     "ArchitectureParameters",
     "BlockArchitecture",
     "BlockGates",
+    "Branching",
+    "Chain",
+    "Encoder",
+    "EncoderLayer",
     "Gates",
     "LatencyTable",
     "Network",
+    "Policy",
     "SearchSpace",
     "__version__",
     "accuracy_product",
+    "branched_network",
     "build_network",
+    "compile_supermodel",
     "deltas",
     "derive_architectures",
     "derived_network",
     "ednas_b0",
+    "ednas_encoder",
     "ednas_tiny",
     "expected_latency",
     "export_tflite",
     "inherit_weights",
+    "named_encoder",
     "named_space",
     "one_hot_gates",
     "pareto_front",
     "recalibrate_bn",
     "reward",
+    "supergraph",
 ]

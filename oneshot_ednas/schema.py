@@ -193,8 +193,10 @@ def imported(name: str, cls: type[T] | None = None, *, what: str) -> Any:
         raise ValueError(f"{what} {name}: expected package.module:NAME")
     try:
         module = importlib.import_module(place)
-    except ImportError as error:
-        raise ValueError(f"{what} {name}: cannot import {place}: {error}") from None
+    except Exception as error:
+        # What is not of the package may fail in its own way.
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{what} {name}: cannot import {place}: {reason}") from error
     if not hasattr(module, attribute):
         raise ValueError(f"{what} {name}: module {place} has no {attribute}")
     found = getattr(module, attribute)

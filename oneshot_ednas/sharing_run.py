@@ -39,6 +39,7 @@ from oneshot_ednas.sharing.groupings import all_groupings, grouping_probabilitie
 from oneshot_ednas.sharing.operator_search import OperatorSearch, rank_policies
 from oneshot_ednas.sharing.operators import OperatorNetwork, operator_network
 from oneshot_ednas.sharing.policy import Policy
+from oneshot_ednas.sharing.tracing import trace_backbone
 from oneshot_ednas.store import load_checkpoint, write_json
 from oneshot_ednas.tasks import lower_is_better
 from oneshot_ednas.training import Metrics, derived_seed, evaluate, note, numpy_generator
@@ -81,7 +82,7 @@ class SharingRun(RunFolder[TaskSharingConfig], ABC):
         """
         super().__init__(config, folder)
         self.encoder = make_encoder(config.backbone)
-        self.macs: BranchCosts = mac_costs(self.encoder, config.data.image_size, self.out_channels)
+        self.macs: BranchCosts = self._count_macs()
         self.latencies: BranchCosts | None = None
         if config.latency is not None and self.encoder.space is not None:
             table = LatencyTable.load(find_file(config.latency.table))
@@ -90,14 +91,31 @@ class SharingRun(RunFolder[TaskSharingConfig], ABC):
             self.table.check_calibrated(allowed=config.latency.allow_uncalibrated)
             self.latencies = latency_costs(self.encoder.space, self.table, self.out_channels)
         self._check_search()
+        split_seed = getattr(self.search_config, "split_seed", None)
         self.frames = Frames.load(
-            config.data, self.tasks, splits=self.search_config.splits, seed=config.seed
+            config.data,
+            self.tasks,
+            splits=self.search_config.splits,
+            seed=config.seed if split_seed is None else split_seed,
         )
         self.frames.check_batches(
             f"{self.method}.batch_size", self.search_config.batch_size, "weights", "alpha"
         )
         self.frames.check_batches("retrain.batch_size", config.retrain.batch_size)
         self.frames.check_scored(self.tasks)
+
+    def _count_macs(self) -> BranchCosts:
+        size = self.config.data.image_size
+        try:
+            return mac_costs(self.encoder, size, self.out_channels)
+        except Exception as error:
+            # A backbone that is not of the package may fail in its own way.
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise ValueError(
+                f"backbone {self.config.backbone.name} does not run on images of "
+                f"{size[0]}x{size[1]}: {reason}; its layers and decoders take what they read as "
+                f"tensors, and do not depend on tensors' values"
+            ) from error
 
     @property
     @abstractmethod
@@ -142,7 +160,8 @@ class SharingRun(RunFolder[TaskSharingConfig], ABC):
     def _baseline(self, name: str, found: Plan) -> dict[str, Plan]:
         tasks, count = list(self.tasks), len(self.encoder.layers)
         path = None if self.encoder.space is None else self.encoder.space.base_architecture
-        costs = self.latencies or self.macs
+        # What a policy's network takes on the device is unknown: it is compared by multiply-adds.
+        costs = self.macs if found.branching is None else self.latencies or self.macs
         match name:
             case "separate":
                 one = Branching.separate(tasks, count, path)
@@ -481,6 +500,12 @@ class ShareRun(SharingRun):
             )
         if "permuted" in self.config.baselines:
             raise ValueError("baselines: permuted is of a branching; leave it out")
+        with torch.random.fork_rng(devices=[]):
+            trace_backbone(
+                Chain(self.encoder),
+                torch.zeros(1, 3, *self.config.data.image_size),
+                self.config.backbone.operator_types,
+            )
 
     @cached_property
     def search(self) -> OperatorSearch:

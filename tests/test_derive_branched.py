@@ -69,7 +69,7 @@ STREAMS = {
     "near": {"cache_bytes": 2500.0, "streaming_ms_per_byte": 1e-3},
     "under": {"cache_bytes": 6000.0, "streaming_ms_per_byte": 1e-3},
 }
-laws = settings(deadline=None, derandomize=True, max_examples=15)
+laws = settings(deadline=None, derandomize=True, max_examples=8)
 
 
 def costs_of(space, tasks=TWO, stream="plain", seed=3):
@@ -129,7 +129,7 @@ def test_the_best_routes_are_those_of_brute_force_up_to_bins(num_tasks, seed):
     most = (num_tasks - 1) * layer_costs.sum()
     assert spends.max() == pytest.approx(most)
     distinct = set()
-    for slack in (0.0, *np.linspace(0.03, 1.05, 9) * most):
+    for slack in (0.0, *np.linspace(0.03, 1.05, 5) * most):
         found = best_routes(log_p, layer_costs, float(slack))
         cost = spent(layer_costs, found)
         assert cost <= slack * (1 + 1e-9)
@@ -228,7 +228,7 @@ def test_the_best_paths_are_those_of_brute_force_up_to_bins(routes, stream):
     least, most = prices.min(), prices.max()
     assert len(every) == 4 ** sum(max(row) + 1 for row in trees[0].groupings[1:3])
     bins = sum(trees[0].num_groups)
-    for share in (0.0, 0.1, 0.4, 0.7, 1.1):
+    for share in (0.0, 0.3, 0.7):
         target = float(least + share * (most - least))
         paths = best_paths(routes, log_p, costs, tasks, target)
         assert paths is not None
@@ -250,18 +250,18 @@ def test_fixed_blocks_give_the_most_probable_branching_inside_the_target(stream)
     known = {tree: costs.of(tree) for tree in set(trees)}
     prices = np.array([known[tree] for tree in trees])
     assert smallest_cost(costs, TWO) == pytest.approx(prices.min(), rel=1e-12)
-    for seed in range(3):
+    for seed in range(2):
         parameters = random_parameters(FIXED, 2, seed)
         log_p = log_softmax(parameters)
         scores = np.array([score(log_p, routes) for routes in every])
-        for share in (0.0, 0.2, 0.45, 0.7, 0.9, 1.1):
+        for share in (0.0, 0.3, 0.7, 1.1):
             target = float(prices.min() + share * (prices.max() - prices.min()))
             found = derive_branched(
                 parameters,
                 costs,
                 TWO,
                 target=target,
-                num_candidates=3,
+                num_candidates=1,
                 generator=np.random.default_rng(0),
             )
             # "near" straddles the cache: what a share of the slack leaves may be missed.
@@ -274,9 +274,13 @@ def test_fixed_blocks_give_the_most_probable_branching_inside_the_target(stream)
 
 
 @pytest.mark.parametrize("space", [FIXED, SPACE], ids=["fixed", "searchable"])
-@pytest.mark.parametrize("stream", STREAMS)
 @laws
-@given(seed=st.integers(0, 10_000), share=st.floats(0, 1.2), num_tasks=st.integers(2, 3))
+@given(
+    stream=st.sampled_from(sorted(STREAMS)),
+    seed=st.integers(0, 10_000),
+    share=st.floats(0, 1.2),
+    num_tasks=st.integers(2, 3),
+)
 def test_every_derived_branching_is_inside_the_target(space, stream, seed, share, num_tasks):
     tasks = names(num_tasks)
     costs = costs_of(space, tasks, stream)
@@ -290,10 +294,10 @@ def test_every_derived_branching_is_inside_the_target(space, stream, seed, share
         costs,
         tasks,
         target=target,
-        num_candidates=3,
+        num_candidates=2,
         generator=np.random.default_rng(seed),
     )
-    assert 1 <= len(found) <= 3
+    assert 1 <= len(found) <= 2
     assert len({one.branching for one in found}) == len(found)
     for one in found:
         assert one.cost == costs.of(one.branching)
@@ -313,7 +317,7 @@ def test_at_the_smallest_cost_the_cheapest_comes_back_and_below_it_nothing(space
         for indices in itertools.product(*(range(len(c.options)) for c in space.choices))
     ]
     assert least == pytest.approx(min(every), rel=1e-12)
-    settings = {"num_candidates": 4, "generator": np.random.default_rng(0)}
+    settings = {"num_candidates": 2, "generator": np.random.default_rng(0)}
     parameters = random_parameters(space, 2, seed=0, scale=3.0)
     found = derive_branched(parameters, costs, TWO, target=least, **settings)
     assert [one.cost for one in found] == [least]

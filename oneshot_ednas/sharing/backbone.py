@@ -87,7 +87,12 @@ def make_encoder(config: BackboneConfig) -> Encoder:
         inspect.signature(make).bind(**options)
     except TypeError as error:
         raise ValueError(f"backbone {config.name}: {error}") from None
-    encoder = make(**options)
+    try:
+        encoder = make(**options)
+    except Exception as error:
+        # What is not of the package may fail in its own way.
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"backbone {config.name} cannot be made: {reason}") from error
     if not isinstance(encoder, Encoder):
         raise ValueError(
             f"backbone {config.name}: expected an oneshot_ednas.models.encoder.Encoder, got "

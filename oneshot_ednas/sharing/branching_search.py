@@ -46,6 +46,10 @@ from oneshot_ednas.training import (
 )
 
 
+TARGET_FALL = 0.7
+"""Progress of the search at which the objective `budget` arrives at its target."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class BranchingConfig:
     """The search for a branching."""
@@ -270,6 +274,8 @@ class BranchingSearch:
         self._mixed_macs = mixed_macs(macs, len(tasks))
         self.shared_cost = costs.of(self._shared())
         """Of the fully shared network with the base blocks: the unit of `resource_weight`."""
+        self.first_cost = float(self.expected_cost().detach())
+        """Under uniform alpha."""
         self.step = 0
         self.network.train()
 
@@ -497,7 +503,7 @@ class BranchingSearch:
         if config.objective == "budget" and config.latency.schedule == "ramp":
             self.mu = config.latency.weight * min(2 * config.progress(step), 1.0)
         expected = self.expected_cost()
-        term, weight = self._cost_term(expected)
+        term, weight = self._cost_term(expected, step)
         found = torch.autograd.grad(weight * term, parameters, allow_unused=True)
         cost_gradients = [
             torch.zeros_like(p) if part is None else part
@@ -511,20 +517,28 @@ class BranchingSearch:
             parameter.grad = parts[0] + parts[1]
         self.alpha_optimizer.step()
         if config.objective == "budget" and config.latency.schedule == "dual":
-            assert self.target is not None
-            ratio = math.log(float(expected.detach()) / self.target)
+            ratio = math.log(float(expected.detach()) / self.target_at(step))
             self.mu = max(0.0, self.mu + config.latency.dual_rate * ratio)
         return {
             "cost/weight": weight,
             "alpha/cost_to_task_gradient": norms[1] / norms[0].clamp_min(1e-12),
         }
 
-    def _cost_term(self, expected: Tensor) -> tuple[Tensor, float]:
+    def _cost_term(self, expected: Tensor, step: int) -> tuple[Tensor, float]:
         """What the objective adds to the tasks' losses, and its weight."""
         if self.config.objective == "weighted":
             return expected / self.shared_cost, self.config.resource_weight
+        return (expected / self.target_at(step)).log().relu(), self.mu
+
+    def target_at(self, step: int) -> float:
+        """The target that a step is held to: down from the first expected cost to the target.
+
+        Sharing feeds on itself: what later layers are worth sharing depends on the earlier ones.
+        Held to the target at once, an undecided search is driven far past it, to full sharing.
+        """
         assert self.target is not None
-        return (expected / self.target).log().relu(), self.mu
+        share = min(self.config.progress(step) / TARGET_FALL, 1.0)
+        return self.target + (1 - share) * max(self.first_cost - self.target, 0.0)
 
     def _cost_values(self) -> dict[str, float | Tensor]:
         with torch.no_grad():

@@ -119,12 +119,16 @@ def _most_probable(
     level: int,
 ) -> tuple[Candidates, Branching]:
     """The most probable routes and their blocks inside the target; how, see `best_paths`."""
+    tried = set[Candidates]()
     for share in SHARES:
         found = []
         for weight in _weightings(costs):
             layer_costs = _layer_costs(costs, clean, weight, level=level)
             slack = share * _slack(costs, layer_costs, weight, target)
             routes, paths = best_routes(log_p.routes, layer_costs, slack), None
+            if routes in tried:
+                continue
+            tried.add(routes)
             if costs.space is not None:
                 paths = best_paths(routes, log_p, costs, tasks, target)
                 if paths is None:
