@@ -1,6 +1,7 @@
 """The branching search: which step changes what, what resources weigh, exact resumption."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -355,7 +356,7 @@ def test_states_of_something_else_are_refused(tiny):
 def test_the_more_resources_weigh_the_cheaper_the_search_ends(tiny):
     """With lambda 0 tasks tend apart; the warm-up has taught each candidate its own task."""
     ends = []
-    for weight in (0.0, 0.5, 5.0, 100.0):
+    for weight in (0.0, 0.02, 0.5, 100.0):
         search = make(
             tiny,
             space=MINI,
@@ -372,7 +373,10 @@ def test_the_more_resources_weigh_the_cheaper_the_search_ends(tiny):
             values = search.take_step(step)
         assert search.num_alpha_steps == 36
         ends.append(float(values["cost/expected"]))
-    assert ends == sorted(ends, reverse=True), ends
+    # Adam takes steps of one size however large lambda is: two that share all end side by side.
+    room = 0.02 * search.shared_cost
+    assert all(after <= before + room for before, after in pairwise(ends)), ends
+    assert ends[0] > ends[2] + 10 * room
     assert ends[0] > start
     # Fully shared at the most probable candidates, at the cost that lambda counts in.
     shared = search.parameters.argmax().branching(list(tiny.tasks))

@@ -45,7 +45,6 @@ from oneshot_ednas.training import (
     weighted_sum,
 )
 
-
 TARGET_FALL = 0.7
 """Progress of the search at which the objective `budget` arrives at its target."""
 
