@@ -213,7 +213,7 @@ class TaskSharingConfig:
             if needs and self.latency is None:
                 raise ValueError(
                     "objective: budget and resource: latency need latency with a table of an EDNAS "
-                    "space"
+                    "space; give it, or use objective: weighted with resource: macs"
                 )
 
     @property

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from oneshot_ednas.data.packed import PackedSplit
 from oneshot_ednas.export import export_tflite
@@ -37,7 +37,6 @@ from oneshot_ednas.measure import (
     summarize,
     time_invocations,
 )
-from oneshot_ednas.models.network import Network
 from oneshot_ednas.reward import SMALLEST_ERROR
 from oneshot_ednas.schema import to_plain
 from oneshot_ednas.store import write_json
@@ -52,11 +51,12 @@ TIMED_RUNS = 50
 
 
 def deploy(
-    network: Network,
+    network: nn.Module,
     path: Path,
     report_path: Path,
     *,
     name: str,
+    architecture: str,
     calibration: PackedSplit,
     splits: Mapping[str, PackedSplit],
     tasks: Mapping[str, Task],
@@ -71,10 +71,11 @@ def deploy(
     """Export a trained network as full-int8 `.tflite`, check the file, and report.
 
     Args:
-        network: a derived network.
+        network: images to raw maps by task.
         path: the file to write; what the Edge TPU compiler makes goes beside it.
         report_path: the report, as JSON.
         name: of the network, for the report.
+        architecture: what it is, for the report.
         calibration: frames that the network is trained on; the ranges of activations come from
             some of them, without augmentation.
         splits: by name, the frames to score the network and the file on.
@@ -116,7 +117,7 @@ def deploy(
         "file": path.name,
         "sha256": file_digest(path),
         "network": name,
-        "architecture": str(network.space.base_architecture),
+        "architecture": architecture,
         "size_bytes": export.size_bytes,
         "io": io,
         "num_calibration_images": export.num_calibration_images,

@@ -258,6 +258,7 @@ class Run(Experiment, ABC):
             path,
             report_path,
             name=stage,
+            architecture=str(architecture),
             calibration=self.train,
             splits=splits,
             tasks=self.tasks,

@@ -196,6 +196,8 @@ def imported(name: str, cls: type[T] | None = None, *, what: str) -> Any:
     except Exception as error:
         # What is not of the package may fail in its own way.
         reason = (str(error) or type(error).__name__).splitlines()[0]
+        if isinstance(error, ModuleNotFoundError):
+            reason += "; install it, or set PYTHONPATH to its folder"
         raise ValueError(f"{what} {name}: cannot import {place}: {reason}") from error
     if not hasattr(module, attribute):
         raise ValueError(f"{what} {name}: module {place} has no {attribute}")

@@ -6,7 +6,7 @@ Each stage reads what the one before wrote, so a run can be cut anywhere and go 
 import datetime
 import statistics
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,10 +16,12 @@ import torch
 from torch import nn
 
 from oneshot_ednas.config import TaskSharingConfig
+from oneshot_ednas.deploy import deploy
 from oneshot_ednas.latency.table import LatencyTable
 from oneshot_ednas.models.encoder import Chain
 from oneshot_ednas.models.macs import module_macs
 from oneshot_ednas.report import RunPictures, write_sharing_report
+from oneshot_ednas.report.sharing_curves import tradeoff_plot
 from oneshot_ednas.retrain import NetworkTraining, train_to_end
 from oneshot_ednas.reward import deltas
 from oneshot_ednas.run_folder import Frames, RunFolder, over_seeds, versions
@@ -40,7 +42,7 @@ from oneshot_ednas.sharing.operator_search import OperatorSearch, rank_policies
 from oneshot_ednas.sharing.operators import OperatorNetwork, operator_network
 from oneshot_ednas.sharing.policy import Policy
 from oneshot_ednas.sharing.tracing import trace_backbone
-from oneshot_ednas.store import load_checkpoint, write_json
+from oneshot_ednas.store import load_checkpoint, write_bytes, write_json
 from oneshot_ednas.tasks import lower_is_better
 from oneshot_ednas.training import Metrics, derived_seed, evaluate, note, numpy_generator
 
@@ -255,7 +257,7 @@ class SharingRun(RunFolder[TaskSharingConfig], ABC):
             networks = {name: self._figures(name, plan) for name, plan in self.plans.items()}
         baseline = "separate" if "separate" in networks else self.found
         for row in networks.values():
-            row["delta"] = self._gains(row["metrics"], networks[baseline]["metrics"])
+            row["delta"] = self.gains(row["metrics"], networks[baseline]["metrics"])
         results = {
             "method": self.method,
             "backbone": self.encoder.name,
@@ -307,7 +309,8 @@ class SharingRun(RunFolder[TaskSharingConfig], ABC):
             device=self.device,
         )
 
-    def _gains(self, metrics: Metrics, baseline: Metrics) -> dict[str, Any]:
+    def gains(self, metrics: Metrics, baseline: Metrics) -> dict[str, Any]:
+        """Gains of metrics over a baseline's in percent, per task and overall (eq. 9-12)."""
         names = {name: list(task.reward_metrics) for name, task in self.tasks.items()}
         found = deltas(metrics, baseline, names=names, lower_is_better=lower_is_better(self.tasks))
         return {"overall": found.overall, "tasks": dict(found.tasks)}
@@ -327,12 +330,51 @@ class SharingRun(RunFolder[TaskSharingConfig], ABC):
             class_names=self.frames.test.class_names,
         )
 
+    def export(self) -> dict[str, Any] | None:
+        """Write the found network, first seed, as `model.tflite`, check it, and report.
+
+        Returns:
+            The report, or None where there is no latency table of a device, or no latency of the
+            network in it.
+
+        Raises:
+            RuntimeError: if the file is not what the Edge TPU takes.
+        """
+        plan = self.plans[self.found]
+        predicted_ms = self._latency_of(plan)
+        if predicted_ms is None:
+            return None
+        with self.timed("export"):
+            report = deploy(
+                self._train(plan, f"retrain.{self.found}.seed_0", 0),
+                self.files.model,
+                self.files.export,
+                name=self.found,
+                architecture=plan.what,
+                calibration=self.frames.train,
+                splits={"test": self.frames.test},
+                tasks=self.tasks,
+                table=self.table,
+                predicted_ms=predicted_ms,
+                batch_size=self.config.derive.batch_size,
+                seed=self.config.seed,
+                device=self.device,
+            )
+        note(f"export: {report['file']}, {report['size_bytes'] / 2**20:.2f} MiB")
+        for check in ("not_verified", "not_compiled"):
+            if report[check] is not None:
+                note(f"export: {check.replace('_', ' ')}: {report[check]}")
+        return report
+
     def run_all(self) -> dict[str, Any]:
         """All stages that are not done yet, in order; returns the results."""
         self.find()
         self.retrain()
         results = self.evaluate()
-        self.report()
+        try:
+            self.export()
+        finally:
+            self.report()  # also of a network that the device does not take
         return results
 
 
@@ -590,6 +632,69 @@ class ShareRun(SharingRun):
         held = read_json(self.files.policy)["search"]
         seconds = sum(self.seconds.get(stage, 0.0) for stage in ("operators", "derive"))
         return {**held, "seconds": seconds}
+
+
+def sweep(
+    run_class: type[SharingRun],
+    config: TaskSharingConfig,
+    folder: Path,
+    lambdas: Sequence[float],
+    *,
+    resume: bool,
+) -> dict[str, Any]:
+    """A run for each lambda, in a folder of its own, and what they found side by side.
+
+    The first trains the baselines for all. Writes `sweep.json` and `sweep.png`.
+
+    Args:
+        run_class: the method.
+        config: the config, of which lambda is replaced: `branching.resource_weight`, with the
+            objective `weighted`, or `operators.regularization`.
+        folder: holds the runs' folders.
+        lambdas: the values.
+        resume: go on with runs that are there.
+
+    Returns:
+        As of `SharingRun.evaluate`, with each run's found network under the name of its lambda.
+
+    Raises:
+        ValueError: for a lambda out of range, or given twice; all are checked before the first run.
+    """
+    if len(set(lambdas)) != len(lambdas) or not lambdas:
+        raise ValueError(f"--lambdas: expected different values, got {list(lambdas)}")
+    runs = {}
+    for number, value in enumerate(lambdas):
+        one = _with_lambda(run_class, config, value)
+        if number:
+            one = replace(one, baselines=())
+        runs[f"lambda {value:g}"] = run_class(one, folder / f"lambda_{value:g}")
+    merged: dict[str, Any] = {}
+    for name, run in runs.items():
+        run.open(resume=resume and run.files.config.exists())
+        results = run.run_all()
+        row = results["networks"].pop(run.found)
+        merged = merged or {**results, "found": name, "baseline": name}
+        merged["networks"][name] = row
+    if "separate" in merged["networks"]:
+        merged["baseline"] = "separate"
+    base = merged["networks"][merged["baseline"]]["metrics"]
+    for row in merged["networks"].values():
+        row["delta"] = next(iter(runs.values())).gains(row["metrics"], base)
+    write_json(folder / "sweep.json", merged)
+    plot = tradeoff_plot(merged["networks"], baseline=merged["baseline"])
+    write_bytes(folder / "sweep.png", plot)
+    return merged
+
+
+def _with_lambda(
+    run_class: type[SharingRun], config: TaskSharingConfig, value: float
+) -> TaskSharingConfig:
+    if run_class is BranchRun and config.branching is not None:
+        branching = replace(config.branching, objective="weighted", resource_weight=value)
+        return replace(config, branching=branching)
+    if run_class is ShareRun and config.operators is not None:
+        return replace(config, operators=replace(config.operators, regularization=value))
+    return config  # the run says which section it lacks
 
 
 def _shared_fraction(network: nn.Module, plan: Plan) -> float:

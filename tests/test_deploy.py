@@ -55,6 +55,7 @@ def deployed(tiny, network, folder, **settings):
         folder / "m.json",
         **{
             "name": "some network",
+            "architecture": "a fixed one",
             "calibration": tiny.train,
             "splits": {"held out": tiny.train.subset(range(6))},
             "tasks": tiny.tasks,

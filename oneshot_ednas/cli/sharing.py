@@ -22,7 +22,7 @@ from oneshot_ednas.cli.common import (
     with_data,
 )
 from oneshot_ednas.config import TaskSharingConfig, load_config
-from oneshot_ednas.sharing_run import BranchRun, ShareRun, SharingRun
+from oneshot_ednas.sharing_run import BranchRun, ShareRun, SharingRun, sweep
 
 
 def _command(name: str, run_class: type[SharingRun], help_text: str, example: str) -> None:
@@ -32,6 +32,11 @@ def _command(name: str, run_class: type[SharingRun], help_text: str, example: st
     @data_option
     @set_option
     @uncalibrated_option
+    @click.option(
+        "--lambdas",
+        metavar="X,Y,...",
+        help="A run for each of these values of lambda, in folders under --out.",
+    )
     @resume_option
     @json_option
     @bad_input
@@ -41,6 +46,7 @@ def _command(name: str, run_class: type[SharingRun], help_text: str, example: st
         data: Path | None,
         overrides: tuple[str, ...],
         allow_uncalibrated: bool,
+        lambdas: str | None,
         resume: bool,
         as_json: bool,
     ) -> None:
@@ -49,9 +55,21 @@ def _command(name: str, run_class: type[SharingRun], help_text: str, example: st
             with_consent(overrides, is_given=allow_uncalibrated),
             kind=TaskSharingConfig,
         )
-        one = run_class(with_data(settings, data), out)
+        settings = with_data(settings, data)
+        if lambdas is not None:
+            results = sweep(run_class, settings, out, _numbers(lambdas), resume=resume)
+            print_networks(results, out / "sweep.json", as_json=as_json)
+            return
+        one = run_class(settings, out)
         one.open(resume=resume)
-        print_networks(one.run_all(), out, as_json=as_json)
+        print_networks(one.run_all(), out / "report.html", as_json=as_json)
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--lambdas: expected numbers as 0.02,0.05,0.1; got {text!r}") from None
 
 
 _command(
@@ -71,7 +89,7 @@ _command(
 )
 
 
-def print_networks(results: dict[str, Any], folder: Path, *, as_json: bool) -> None:
+def print_networks(results: dict[str, Any], written: Path, *, as_json: bool) -> None:
     """The networks of a run as a table, or as one JSON object."""
     if as_json:
         print(json.dumps(results))
@@ -105,4 +123,4 @@ def print_networks(results: dict[str, Any], folder: Path, *, as_json: bool) -> N
         )
     console().print(table)
     print(f"found: {networks[results['found']]['what']}")
-    print(f"{sum(results['seconds'].values()):.0f} s in all; report: {folder / 'report.html'}")
+    print(f"{sum(results['seconds'].values()):.0f} s in all; {written.stem}: {written}")

@@ -76,17 +76,16 @@ def make_encoder(config: BackboneConfig) -> Encoder:
             architecture = Architecture.load(find_file(Path(config.architecture)))
             space.check(architecture)
         return ednas_encoder(space.fix(architecture))
-    # The config's numbers are floats; channels and strides are whole.
-    options = {
-        name: int(value) if value.is_integer() else value for name, value in config.options.items()
-    }
-    if config.name in ENCODERS:
+    is_named = config.name in ENCODERS
+    make = ENCODERS[config.name] if is_named else imported(config.name, what="backbone")
+    takes = inspect.signature(make)
+    options = {name: _number(value, takes, name) for name, value in config.options.items()}
+    if is_named:
         return named_encoder(config.name, **options)
-    make = imported(config.name, what="backbone")
     try:
-        inspect.signature(make).bind(**options)
+        takes.bind(**options)
     except TypeError as error:
-        raise ValueError(f"backbone {config.name}: {error}") from None
+        raise ValueError(f"backbone {config.name}: options: {error}; it takes {takes}") from None
     try:
         encoder = make(**options)
     except Exception as error:
@@ -99,3 +98,9 @@ def make_encoder(config: BackboneConfig) -> Encoder:
             f"{type(encoder).__name__}"
         )
     return encoder
+
+
+def _number(value: float, takes: inspect.Signature, name: str) -> int | float:
+    """The config's numbers are floats; channels and strides are whole."""
+    wants = takes.parameters[name].annotation if name in takes.parameters else None
+    return int(value) if value.is_integer() and wants not in (float, "float") else value
