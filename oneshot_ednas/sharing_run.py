@@ -48,7 +48,8 @@ from oneshot_ednas.training import Metrics, derived_seed, evaluate, note, numpy_
 
 NUM_PICTURES = 4
 NUM_RANDOM_TREES = 500
-"""Trees among which the baseline `random` is the one whose cost is nearest to the found one's."""
+"""Trees among which the baseline `random` is the one whose cost is nearest to the found one's; it is
+another one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,9 +178,11 @@ class SharingRun(RunFolder[TaskSharingConfig], ABC):
                 return {name: self.branched_plan(one, f"all tasks part at once; {one}")}
             case "random":
                 generator = numpy_generator(self.config.seed, "random branching")
-                trees = [
+                drawn = [
                     Branching.random(tasks, count, generator, path) for _ in range(NUM_RANDOM_TREES)
                 ]
+                taken = None if found.branching is None else found.branching.groupings
+                trees = [tree for tree in drawn if tree.groupings != taken]
                 one = nearest(trees, costs.of, self._cost_of(found, costs))
                 return {name: self.branched_plan(one, f"a drawn tree; {one}")}
         assert found.branching is not None
@@ -309,9 +312,20 @@ class SharingRun(RunFolder[TaskSharingConfig], ABC):
             device=self.device,
         )
 
-    def gains(self, metrics: Metrics, baseline: Metrics) -> dict[str, Any]:
-        """Gains of metrics over a baseline's in percent, per task and overall (eq. 9-12)."""
-        names = {name: list(task.reward_metrics) for name, task in self.tasks.items()}
+    def gains(self, metrics: Metrics, baseline: Metrics) -> dict[str, Any] | None:
+        """Gains of metrics over a baseline's in percent, per task and overall (eq. 9-12).
+
+        Metrics that the baseline has 0 of have no gain in percent and are left out.
+
+        Returns:
+            None where a task has no metric left.
+        """
+        names = {
+            task: [name for name in row.reward_metrics if baseline[task][name] > 0]
+            for task, row in self.tasks.items()
+        }
+        if not all(names.values()):
+            return None
         found = deltas(metrics, baseline, names=names, lower_is_better=lower_is_better(self.tasks))
         return {"overall": found.overall, "tasks": dict(found.tasks)}
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from test_cli import good, refused
-from tiny import CPU, SIZE, write_project
+from tiny import CPU, SIZE, new_run, write_project
 
 from oneshot_ednas.architecture import Architecture
 from oneshot_ednas.config import TaskSharingConfig, load_config
@@ -31,6 +31,7 @@ from oneshot_ednas.sharing.branching_search import BranchingSearch
 from oneshot_ednas.sharing.operator_search import OperatorSearch
 from oneshot_ednas.sharing.policy import OWN, Policy
 from oneshot_ednas.sharing_run import BranchRun, ShareRun, SharingRun
+from oneshot_ednas.space import SearchSpace
 from oneshot_ednas.store import load_checkpoint, write_json
 from oneshot_ednas.tasks import lower_is_better, make_tasks
 from oneshot_ednas.training import evaluate
@@ -121,9 +122,11 @@ def sharing_project(tmp_path_factory, tiny) -> Path:
 def printed(sharing_project, tmp_path_factory) -> dict[str, tuple[Path, str]]:
     """Folder and output of a whole run of each command. Read only."""
     made = {}
-    for kind in RUNS:
-        out = tmp_path_factory.mktemp("sharing_runs") / kind
-        made[kind] = out, good(kind, sharing_project / "sharing.yaml", "--out", out).stdout
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SharingRun, "export", lambda _: None)
+        for kind in RUNS:
+            out = tmp_path_factory.mktemp("sharing_runs") / kind
+            made[kind] = out, good(kind, sharing_project / "sharing.yaml", "--out", out).stdout
     return made
 
 
@@ -138,11 +141,15 @@ def finished(printed, kind) -> Path:
 
 
 @pytest.fixture
-def no_report(monkeypatch):
+def no_export(monkeypatch):
+    """Exports take seconds and have tests of their own."""
+    monkeypatch.setattr(SharingRun, "export", lambda _: None)
+
+
+@pytest.fixture
+def no_report(monkeypatch, no_export):
     """Reports take seconds and have tests of their own."""
-    monkeypatch.setattr(
-        "oneshot_ednas.sharing_run.write_sharing_report", lambda folder, **_: folder
-    )
+    monkeypatch.setattr(SharingRun, "report", lambda run: run.files.folder / "report.html")
 
 
 # What a run leaves --------------------------------------------------------------------------
@@ -248,25 +255,17 @@ def test_sizes_and_latencies_equal_independent_sums(finished, kind, tiny):
     assert separate["branching"] == [[0, 1]] * 6
 
 
-def test_the_found_branching_is_inside_the_target_and_priced_layer_by_layer(printed, tiny):
-    out, _ = printed["branch"]
-    results = read_json(out / "results.json")
-    row = results["networks"]["branched"]
-    table = LatencyTable.load(out / "latency_table.csv")
-    base = tiny.space.base_architecture
-    space = tiny.space.fix(base)
+def check_branched(row: dict, table: LatencyTable, space: SearchSpace) -> None:
+    """A network's figures are sums over its layers, as often as it has them."""
+    base = space.base_architecture
     groups = [max(labels) + 1 for labels in row["branching"]]
-    # Something is shared and something is not, or the sums below would show nothing.
-    assert groups[0] == 1
-    assert groups[-1] == 2
     encoder = ednas_encoder(space)
     layers = [sum(p.numel() for p in layer.build().parameters()) for layer in encoder.layers]
     heads = sum(p.numel() for n in CHANNELS.values() for p in encoder.build_decoder(n).parameters())
-    assert row["parameters"] == heads + sum(np.multiply(layers, groups))
-    alone = sum(size for size, count in zip(layers, groups, strict=True) if count == 2)
-    assert row["shared_parameters"] == pytest.approx(
-        1 - 2 * alone / sum(np.multiply(layers, groups))
-    )
+    total = sum(np.multiply(layers, groups))
+    assert row["parameters"] == heads + total
+    alone = sum(2 * size for size, count in zip(layers, groups, strict=True) if count == 2)
+    assert row["shared_parameters"] == pytest.approx(1 - alone / total)
     latency, macs = table.latency_ms(space, base, CHANNELS), 0
     for placed in network_operations(space, base, SIZE, CHANNELS):
         where, copies = placed.where.split(".")[0], 1
@@ -280,8 +279,16 @@ def test_the_found_branching_is_inside_the_target_and_priced_layer_by_layer(prin
         macs += copies * placed.operation.macs
     assert row["latency_ms"] == pytest.approx(latency, rel=1e-12)
     assert row["gmacs"] == pytest.approx(macs / 1e9)
+
+
+def test_the_found_branching_is_inside_the_target_and_priced_layer_by_layer(printed, tiny):
+    out, _ = printed["branch"]
+    results = read_json(out / "results.json")
+    row = results["networks"]["branched"]
+    base = tiny.space.base_architecture
+    check_branched(row, LatencyTable.load(out / "latency_table.csv"), tiny.space.fix(base))
     assert row["latency_ms"] <= results["target_ms"]
-    assert results["search"]["found"] == pytest.approx(latency)
+    assert results["search"]["found"] == pytest.approx(row["latency_ms"])
     assert results["search"]["unit"] == "ms"
     found = read_json(out / "branching.json")
     assert found["layers"] == ["stem", "block_1", "block_2", "block_3", "block_4", "bifpn"]
@@ -384,18 +391,23 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
+@pytest.mark.usefixtures("no_export")
 def test_a_finished_run_resumed_writes_results_and_report_and_nothing_else(
     finished, kind, sharing_project, tmp_path, monkeypatch
 ):
     def refuse(*_: object) -> None:
         raise AssertionError("a step was taken")
 
+    def report(folder: Path, **_: object) -> Path:
+        (folder / "report.html").write_text("again")
+        return folder / "report.html"
+
     for one in (BranchingSearch, OperatorSearch, NetworkTraining):
         monkeypatch.setattr(one, "take_step", refuse)
+    monkeypatch.setattr("oneshot_ednas.sharing_run.write_sharing_report", report)
     copy = shutil.copytree(finished, tmp_path / "copy")
     before = contents(copy)
-    for name in ("results.json", "report.html"):
-        (copy / name).unlink()
+    (copy / "results.json").unlink()
     text = good(kind, sharing_project / "sharing.yaml", "--out", copy, "--resume", "--json").stdout
     assert text.count("\n") == 1
     results = json.loads(text)
@@ -405,6 +417,28 @@ def test_a_finished_run_resumed_writes_results_and_report_and_nothing_else(
     assert after.keys() == before.keys()
     changed = {name for name in after if after[name] != before[name]}
     assert changed <= {"results.json", "report.html", "seconds.json"}
+    assert after["report.html"] == b"again"
+
+
+@pytest.mark.usefixtures("no_report")
+def test_a_branching_changed_by_hand_is_what_is_trained(printed, sharing_project, tmp_path, tiny):
+    out = shutil.copytree(printed["branch"][0], tmp_path / "copy")
+    found = read_json(out / "branching.json")
+    # Another than the search has found.
+    shared = 2 if found["groupings"].count([0, 0]) == 3 else 3
+    found["groupings"] = [[0, 0]] * shared + [[0, 1]] * (6 - shared)
+    write_json(out / "branching.json", found)
+    arguments = ["branch", sharing_project / "sharing.yaml", "--out", out, "--resume"]
+    assert "holds another training, architecture or seed; delete it" in refused(*arguments)
+    for path in (out / "checkpoints").glob("retrain.branched.*"):
+        path.unlink()
+    row = json.loads(good(*arguments, "--json").stdout)["networks"]["branched"]
+    assert row["branching"] == found["groupings"]
+    space = tiny.space.fix(tiny.space.base_architecture)
+    check_branched(row, LatencyTable.load(out / "latency_table.csv"), space)
+    what = f"layers 1-{shared}: all tasks; layers {shared + 1}-6: segmentation | depth"
+    assert row["what"] == what
+    assert 0 < row["shared_parameters"] < 1
 
 
 class Killed(BaseException):
@@ -428,7 +462,6 @@ def test_a_run_killed_in_search_and_trainings_ends_as_if_it_had_not_been(
 ):
     out, search = tmp_path / "run", {"branch": BranchingSearch, "share": OperatorSearch}[kind]
     kills = [
-        (search, lambda _, step: step == 0),
         (search, lambda _, step: step == 2),
         (
             NetworkTraining,
@@ -451,7 +484,7 @@ def test_a_run_killed_in_search_and_trainings_ends_as_if_it_had_not_been(
 
 
 def test_a_folder_of_this_run_needs_resume_and_of_another_is_refused(
-    finished, kind, sharing_project, project, finished_run, printed
+    finished, kind, sharing_project, project, tmp_path
 ):
     config, before = sharing_project / "sharing.yaml", contents(finished)
     assert "already holds this run; go on with --resume" in refused(kind, config, "--out", finished)
@@ -460,7 +493,8 @@ def test_a_folder_of_this_run_needs_resume_and_of_another_is_refused(
     line = refused("run", project / "config.yaml", "--out", finished)
     assert "already holds a run of another kind" in line
     assert contents(finished) == before
-    line = refused(kind, config, "--out", finished_run)
+    new_run(project, tmp_path / "one_shot")
+    line = refused(kind, config, "--out", tmp_path / "one_shot")
     assert "already holds a run of another kind" in line
     assert "choose another --out" in line
 

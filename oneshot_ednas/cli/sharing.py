@@ -114,7 +114,7 @@ def print_networks(results: dict[str, Any], written: Path, *, as_json: bool) -> 
     for name, row in networks.items():
         table.add_row(
             name,
-            f"{row['delta']['overall']:+.2f} %",
+            "" if row["delta"] is None else f"{row['delta']['overall']:+.2f} %",
             f"{row['parameters'] / 1e6:.3f} M",
             f"{row['shared_parameters']:.0%}",
             f"{row['gmacs']:.4f}",
