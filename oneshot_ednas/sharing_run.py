@@ -48,8 +48,7 @@ from oneshot_ednas.training import Metrics, derived_seed, evaluate, note, numpy_
 
 NUM_PICTURES = 4
 NUM_RANDOM_TREES = 500
-"""Trees among which the baseline `random` is the one whose cost is nearest to the found one's; it is
-another one."""
+"""Drawn trees; `random` is that whose cost is nearest to the found one's, and another one."""
 
 
 @dataclass(frozen=True, kw_only=True)

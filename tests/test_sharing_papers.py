@@ -1,4 +1,4 @@
-"""The configs of BMTAS and AutoMTL on folders of their layouts, with tiny networks and few steps."""
+"""The configs of BMTAS and AutoMTL on folders of their layouts, with tiny networks."""
 
 import json
 from pathlib import Path

@@ -445,15 +445,20 @@ class Killed(BaseException):
     """A kill, which nothing catches."""
 
 
-def kill_at(monkeypatch: pytest.MonkeyPatch, owner: type, is_here: Callable[[object, int], bool]):
+def record(
+    patch: pytest.MonkeyPatch, owner: type, taken: list[tuple[str, int]], kill: tuple[str, int]
+) -> None:
+    """Note the steps that are taken, by stage, and stop before one of them."""
     take_step = owner.take_step
 
-    def killed(self: object, step: int) -> dict:
-        if is_here(self, step):
+    def recorded(self: object, step: int) -> dict:
+        place = getattr(self, "stage", "search"), step
+        if place == kill:
             raise Killed
+        taken.append(place)
         return take_step(self, step)
 
-    monkeypatch.setattr(owner, "take_step", killed)
+    patch.setattr(owner, "take_step", recorded)
 
 
 @pytest.mark.usefixtures("no_report")
@@ -461,22 +466,23 @@ def test_a_run_killed_in_search_and_trainings_ends_as_if_it_had_not_been(
     finished, kind, sharing_project, tmp_path, monkeypatch
 ):
     out, search = tmp_path / "run", {"branch": BranchingSearch, "share": OperatorSearch}[kind]
-    kills = [
-        (search, lambda _, step: step == 2),
-        (
-            NetworkTraining,
-            lambda one, step: (one.stage, step) == (f"retrain.{FOUND[kind]}.seed_1", 1),
-        ),
-        (NetworkTraining, lambda one, step: (one.stage, step) == ("retrain.shared.seed_0", 0)),
-    ]
-    for number, (owner, is_here) in enumerate(kills):
+    kills, taken = [("search", 2), (f"retrain.{FOUND[kind]}.seed_1", 1)], list[tuple[str, int]]()
+    for number, kill in enumerate([*kills, ("none", 0)]):
         with monkeypatch.context() as patch:
-            kill_at(patch, owner, is_here)
+            for owner in (search, NetworkTraining):
+                record(patch, owner, taken, kill)
             run = new_sharing_run(kind, sharing_project, out, resume=number > 0)
-            with pytest.raises(Killed):
-                run.run_all()
-        assert not run.files.results.exists()
-    results = new_sharing_run(kind, sharing_project, out, resume=True).run_all()
+            if number < len(kills):
+                with pytest.raises(Killed):
+                    run.run_all()
+                assert not run.files.results.exists()
+            else:
+                results = run.run_all()
+    # No step is lost or done twice.
+    expected = [("search", step) for step in range({"branch": 4, "share": 3}[kind])]
+    for name in (FOUND[kind], "separate", "shared"):
+        expected += [(f"retrain.{name}.seed_{seed}", step) for seed in (0, 1) for step in (0, 1)]
+    assert taken == expected
     assert without_times(results) == without_times(read_json(finished / "results.json"))
     found = {"branch": "branching.json", "share": "policy.json"}[kind]
     for name in (found, "metrics.jsonl", "splits.json", "config.yaml"):
@@ -583,7 +589,7 @@ def test_weighted_latency_counts_in_milliseconds(sharing_project, tmp_path):
 def test_a_published_backbone_with_a_decoder_per_task(kind, sharing_project, tmp_path):
     overrides = [*NO_LATENCY, *ONLY_SHARED, MOBILENET]
     overrides += ["branching.steps=2", "operators.policy_steps=1", "operators.num_candidates=1"]
-    overrides += ["retrain.steps=1"]
+    overrides += ["retrain.steps=1", "operators.pretrain_steps=0"]
     run = new_sharing_run(kind, sharing_project, tmp_path / "run", *overrides)
     results = run.run_all()
     assert results["backbone"] == "mobilenet_v2"
