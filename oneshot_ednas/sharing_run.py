@@ -4,6 +4,7 @@ Each stage reads what the one before wrote, so a run can be cut anywhere and go 
 """
 
 import datetime
+import json
 import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -139,9 +140,25 @@ class SharingRun(RunFolder[TaskSharingConfig], ABC):
     def search_figures(self) -> dict[str, Any]:
         """What the results tell of the search."""
 
+    def open(self, *, resume: bool) -> None:
+        """Start the run folder, or go on with it.
+
+        Raises:
+            ValueError: as of `RunFolder.open`, or if the folder is of the other method.
+        """
+        path = self.files.folder / "method.json"
+        held = read_json(path) if path.exists() else self.method
+        if held != self.method:
+            raise ValueError(
+                f"{self.files.folder} already holds a run of {held}, not of {self.method}; choose "
+                f"another --out"
+            )
+        super().open(resume=resume)
+
     @property
     def _contents(self) -> dict[Path, tuple[str, str]]:
         contents = self.frames.contents(self.files)
+        contents[self.files.folder / "method.json"] = ("method", json.dumps(self.method) + "\n")
         if self.encoder.space is not None:
             contents[self.files.space] = ("search space", self.encoder.space.to_yaml())
         if self.latencies is not None:
@@ -258,8 +275,7 @@ class SharingRun(RunFolder[TaskSharingConfig], ABC):
         with self.timed("evaluate"):
             networks = {name: self._figures(name, plan) for name, plan in self.plans.items()}
         baseline = "separate" if "separate" in networks else self.found
-        for row in networks.values():
-            row["delta"] = self.gains(row["metrics"], networks[baseline]["metrics"])
+        self.set_gains(networks)
         results = {
             "method": self.method,
             "backbone": self.encoder.name,
@@ -311,22 +327,23 @@ class SharingRun(RunFolder[TaskSharingConfig], ABC):
             device=self.device,
         )
 
-    def gains(self, metrics: Metrics, baseline: Metrics) -> dict[str, Any] | None:
-        """Gains of metrics over a baseline's in percent, per task and overall (eq. 9-12).
+    def set_gains(self, networks: Mapping[str, dict[str, Any]]) -> None:
+        """Give each network, as `delta`, its gain over `separate` in percent (eq. 9-12).
 
-        Metrics that the baseline has 0 of have no gain in percent and are left out.
-
-        Returns:
-            None where a task has no metric left.
+        Metrics that `separate` has 0 of have no gain in percent and are left out. None where there
+        is no such network, or a task has no metric left.
         """
+        baseline = networks["separate"]["metrics"] if "separate" in networks else None
         names = {
-            task: [name for name in row.reward_metrics if baseline[task][name] > 0]
+            task: [name for name in row.reward_metrics if baseline and baseline[task][name] > 0]
             for task, row in self.tasks.items()
         }
-        if not all(names.values()):
-            return None
-        found = deltas(metrics, baseline, names=names, lower_is_better=lower_is_better(self.tasks))
-        return {"overall": found.overall, "tasks": dict(found.tasks)}
+        errors = lower_is_better(self.tasks)
+        for row in networks.values():
+            row["delta"] = None
+            if baseline is not None and all(names.values()):
+                found = deltas(row["metrics"], baseline, names=names, lower_is_better=errors)
+                row["delta"] = {"overall": found.overall, "tasks": dict(found.tasks)}
 
     def report(self) -> Path:
         """Write `report.html` with trees or policies, curves and pictures of predictions."""
@@ -690,9 +707,7 @@ def sweep(
         merged["networks"][name] = row
     if "separate" in merged["networks"]:
         merged["baseline"] = "separate"
-    base = merged["networks"][merged["baseline"]]["metrics"]
-    for row in merged["networks"].values():
-        row["delta"] = next(iter(runs.values())).gains(row["metrics"], base)
+    next(iter(runs.values())).set_gains(merged["networks"])
     write_json(folder / "sweep.json", merged)
     plot = tradeoff_plot(merged["networks"], baseline=merged["baseline"])
     write_bytes(folder / "sweep.png", plot)

@@ -42,7 +42,7 @@ def test_bmtas_on_pascal(tmp_path, backbone):
         "branching.warmup_fraction=0.5",
         "branching.batch_size=2",
         "branching.cycle_steps=1",
-        "branching.splits={weights: 0.4, alpha: 0.4, validation: 0.2}",
+        "branching.splits={weights: 0.33, alpha: 0.33, validation: 0.34}",
     )
     config = CONFIGS / "bmtas_pascal.yaml"
     result = good("branch", config, "--data", root, "--out", out, "--json", *own)

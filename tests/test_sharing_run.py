@@ -759,3 +759,71 @@ def test_pictures_are_evenly_spaced_frames_of_the_split(tiny):
         assert np.array_equal(np.stack(taken.predictions[name]), predicted.numpy())
     few = RunPictures.taken(network, split.subset(range(2)), tiny.tasks, num_pictures=4, device=CPU)
     assert len(few.images) == 2
+
+
+# The other method, a run per lambda, the file for the device --------------------------------
+
+
+def test_a_folder_of_the_other_method_is_refused(sharing_project, tmp_path):
+    new_sharing_run("branch", sharing_project, tmp_path / "run")
+    with pytest.raises(ValueError, match="holds a run of branching, not of operators; choose an"):
+        new_sharing_run("share", sharing_project, tmp_path / "run", resume=True)
+
+
+@pytest.mark.usefixtures("no_report")
+def test_a_run_per_lambda(sharing_project, tmp_path):
+    config, out = sharing_project / "sharing.yaml", tmp_path / "sweep"
+    command = ("branch", config, "--out", out, "--lambdas", "0,0.5", "--json")
+    settings = ("--set", "baselines=[separate]", "--set", "retrain.num_seeds=1")
+    results = json.loads(good(*command, *settings).stdout)
+    assert list(results["networks"]) == ["separate", "lambda 0", "lambda 0.5"]
+    assert results["networks"]["separate"]["delta"]["overall"] == 0
+    assert read_json(out / "sweep.json") == results
+    assert (out / "sweep.png").read_bytes()[:4] == b"\x89PNG"
+    for value, name in ((0.0, "lambda_0"), (0.5, "lambda_0.5")):
+        held = load_yaml(out / name / "config.yaml", TaskSharingConfig)
+        assert held.branching is not None
+        assert (held.branching.objective, held.branching.resource_weight) == ("weighted", value)
+        row = results["networks"][f"lambda {value:g}"]
+        assert (
+            row["metrics"]
+            == read_json(out / name / "results.json")["networks"]["branched"]["metrics"]
+        )
+    # The baselines are trained once.
+    assert set(read_json(out / "lambda_0.5/results.json")["networks"]) == {"branched"}
+    again = json.loads(good(*command, *settings, "--resume").stdout)
+    assert without_times(again) == without_times(results)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ("0.1,x", "--lambdas: expected numbers as"),
+        ("0.1,0.1", "--lambdas: expected different values"),
+        ("-1,0", "resource_weight (lambda): expected a finite number >= 0, got -1"),
+        ("nan", "resource_weight (lambda): expected a finite number >= 0, got nan"),
+    ],
+)
+def test_lambdas_out_of_range_are_refused_before_the_first_run(
+    sharing_project, tmp_path, values, message
+):
+    config, out = sharing_project / "sharing.yaml", tmp_path / "sweep"
+    assert message in refused("branch", config, "--out", out, f"--lambdas={values}")
+    assert not out.exists()
+
+
+def test_the_found_network_is_exported(sharing_project, tmp_path):
+    run = new_sharing_run(
+        "branch", sharing_project, tmp_path / "run", "baselines=[]", "retrain.num_seeds=1"
+    )
+    run.find()
+    run.retrain()
+    report = run.export()
+    assert report is not None
+    assert report == read_json(run.files.export)
+    branching = Branching.from_json(read_json(run.files.branching))
+    assert report["architecture"] == str(branching)
+    assert run.latencies is not None
+    assert report["latency"]["predicted_ms"] == run.latencies.of(branching)
+    assert run.files.model.exists()
+    assert set(report["metrics"]) == {"test"}

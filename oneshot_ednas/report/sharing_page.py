@@ -68,8 +68,9 @@ def write_sharing_report(
     run = SharingRun.read(folder, tasks, pictures.images[0])
     sections = {
         "comparison": ("Comparison", _comparison(run)),
-        "tradeoff": ("Gain and cost", _tradeoff(run)),
     }
+    if any(row["delta"] is not None for row in run.networks.values()):
+        sections["tradeoff"] = ("Gain and cost", _tradeoff(run))
     if any(row["branching"] is not None for row in run.networks.values()):
         sections["branching"] = ("Branching", _trees(run))
     if run.branching is not None:
@@ -114,8 +115,10 @@ def _headline(run: SharingRun) -> Html:
     word = {}
     if target is not None and latency is not None:
         word = {"class_": "inside" if latency <= target else "over"}
-    share = found["gmacs"] / baseline["gmacs"]
-    verdict = f"{results['found']}: {share:.0%} of the multiply-adds of {results['baseline']}"
+    verdict = f"{results['found']}: {number(float(found['gmacs']))} GMACs per frame"
+    if results["baseline"] != results["found"]:
+        share = found["gmacs"] / baseline["gmacs"]
+        verdict = f"{results['found']}: {share:.0%} of the multiply-adds of {results['baseline']}"
     if found["delta"] is not None:
         verdict += f" at {found['delta']['overall']:+.2f}% overall gain"
     tiles = {
@@ -168,7 +171,8 @@ def _comparison(run: SharingRun) -> Html:
             is_error = metric in task.lower_is_better
             keys = ("metrics", name, metric)
             rows.append(_measure(run, metric_label(name, metric), *keys, is_error=is_error))
-    if any(row["delta"] is not None for row in networks.values()):
+    has_gains = any(row["delta"] is not None for row in networks.values())
+    if has_gains:
         for name in run.tasks:
             rows.append(_gain(run, f"{name}: gain, %", "tasks", name))
         rows.append(_gain(run, tag("b", "Overall gain, %"), "overall"))
@@ -176,9 +180,12 @@ def _comparison(run: SharingRun) -> Html:
     head = ["", *(found if name == results["found"] else name for name in networks)]
     seeds = {row["seeds"] for row in networks.values()}
     trained = " and ".join(map(str, sorted(seeds)))
-    caption = (
+    gains = (
         f"Gains are over {results['baseline']}, the mean over a task's metrics, and overall the "
-        f"mean over tasks; positive is better. Networks are trained with {trained} "
+        f"mean over tasks; positive is better. "
+    )
+    caption = (
+        f"{gains if has_gains else ''}Networks are trained with {trained} "
         f"{'seed' if seeds == {1} else 'seeds'}"
         f"{'' if max(seeds) == 1 else ' (mean ± standard deviation)'} and scored on the test "
         f"split. An arrow says which way is better; bold: best of the row."
