@@ -4,6 +4,7 @@ Each stage reads what the one before wrote, so a run can be cut anywhere and go 
 """
 
 import datetime
+import itertools
 import json
 import statistics
 from abc import ABC, abstractmethod
@@ -13,6 +14,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -40,7 +42,11 @@ from oneshot_ednas.sharing.derive_branched import (
 )
 from oneshot_ednas.sharing.groupings import all_groupings, grouping_probabilities
 from oneshot_ednas.sharing.operator_search import OperatorSearch, rank_policies
-from oneshot_ednas.sharing.operators import OperatorNetwork, operator_network
+from oneshot_ednas.sharing.operators import (
+    OperatorNetwork,
+    operator_network,
+    policy_learning_rates,
+)
 from oneshot_ednas.sharing.policy import Policy
 from oneshot_ednas.sharing.tracing import trace_backbone
 from oneshot_ednas.store import load_checkpoint, write_bytes, write_json
@@ -61,6 +67,8 @@ class Plan:
     build: Callable[[], nn.Module]
     identity: object
     """As of `NetworkTraining`."""
+    lr_scales: Mapping[str, float]
+    """As of `NetworkTraining`: 1 / the number of tasks that share a part."""
     branching: Branching | None = None
     num_seeds: int = 1
 
@@ -128,6 +136,11 @@ class SharingRun(RunFolder[TaskSharingConfig], ABC):
     def _check_search(self) -> None:
         """Refuse what the search cannot do, before the data are read."""
 
+    @property
+    def target_ms(self) -> float | None:
+        """What the search keeps inside; None where it keeps to no latency."""
+        return None
+
     @abstractmethod
     def find(self) -> None:
         """Search and derive, where that is not done."""
@@ -177,10 +190,12 @@ class SharingRun(RunFolder[TaskSharingConfig], ABC):
         return plans
 
     def _baseline(self, name: str, found: Plan) -> dict[str, Plan]:
+        """The networks of a baseline; none where all of its trees are the found one."""
         tasks, count = list(self.tasks), len(self.encoder.layers)
         path = None if self.encoder.space is None else self.encoder.space.base_architecture
         # What a policy's network takes on the device is unknown: it is compared by multiply-adds.
         costs = self.macs if found.branching is None else self.latencies or self.macs
+        generator = numpy_generator(self.config.seed, f"{name} branching")
         match name:
             case "separate":
                 one = Branching.separate(tasks, count, path)
@@ -189,27 +204,32 @@ class SharingRun(RunFolder[TaskSharingConfig], ABC):
                 one = Branching.shared(tasks, count, path)
                 return {name: self.branched_plan(one, "one encoder for all tasks")}
             case "vanilla":
-                trees = [Branching.vanilla(tasks, count, n, path) for n in range(count + 1)]
-                one = nearest(trees, costs.of, self._cost_of(found, costs))
-                return {name: self.branched_plan(one, f"all tasks part at once; {one}")}
+                trees = [Branching.vanilla(tasks, count, n, path) for n in range(1, count)]
+                what = "all tasks part at once"
             case "random":
-                generator = numpy_generator(self.config.seed, "random branching")
-                drawn = [
-                    Branching.random(tasks, count, generator, path) for _ in range(NUM_RANDOM_TREES)
-                ]
-                taken = None if found.branching is None else found.branching.groupings
-                trees = [tree for tree in drawn if tree.groupings != taken]
-                one = nearest(trees, costs.of, self._cost_of(found, costs))
-                return {name: self.branched_plan(one, f"a drawn tree; {one}")}
+                drawn = range(NUM_RANDOM_TREES)
+                trees = [Branching.random(tasks, count, generator, path) for _ in drawn]
+                what = "a drawn tree"
+            case _:
+                return self._permuted(found, generator)
+        trees = [tree for tree in trees if not _is_same(tree, found.branching)]
+        if not trees:
+            return {}
+        one = nearest(trees, costs.of, self._cost_of(found, costs))
+        return {name: self.branched_plan(one, f"{what}; {one}")}
+
+    def _permuted(self, found: Plan, generator: np.random.Generator) -> dict[str, Plan]:
+        """The found tree with other tasks at its ends: each tree once, and never the found one."""
         assert found.branching is not None
-        generator = numpy_generator(self.config.seed, "permutations")
-        plans = {}
-        for number in range(self.config.num_permutations):
-            order = generator.permutation(len(tasks)).tolist()
-            one = found.branching.permuted(order)
-            plan = self.branched_plan(one, f"the found tree, tasks permuted; {one}")
-            plans[f"permuted_{number + 1}"] = replace(plan, num_seeds=1)
-        return plans
+        orders = generator.permutation(list(itertools.permutations(range(len(self.tasks)))))
+        trees = dict.fromkeys(found.branching.permuted(order) for order in orders.tolist())
+        others = [tree for tree in trees if not _is_same(tree, found.branching)]
+        return {
+            f"permuted_{number}": replace(
+                self.branched_plan(tree, f"the found tree, tasks permuted; {tree}"), num_seeds=1
+            )
+            for number, tree in enumerate(others[: self.config.num_permutations], start=1)
+        }
 
     def branched_plan(self, branching: Branching, what: str) -> Plan:
         """The network of a branching."""
@@ -217,6 +237,7 @@ class SharingRun(RunFolder[TaskSharingConfig], ABC):
             what=what,
             build=partial(branched_network, self.encoder, branching, self.out_channels),
             identity=branching.to_json(),
+            lr_scales=learning_rate_scales(branching),
             branching=branching,
             num_seeds=self.config.retrain.num_seeds,
         )
@@ -243,9 +264,6 @@ class SharingRun(RunFolder[TaskSharingConfig], ABC):
     def _train(
         self, plan: Plan, stage: str, number: int, on_save: Callable[[], None] = lambda: None
     ) -> nn.Module:
-        scales = None
-        if plan.branching is not None and self.config.divides_learning_rate:
-            scales = learning_rate_scales(plan.branching)
         training = NetworkTraining(
             self.config.retrain,
             plan.build,
@@ -257,7 +275,7 @@ class SharingRun(RunFolder[TaskSharingConfig], ABC):
             augmentation=self.config.data.augment,
             seed=derived_seed(self.config.seed, "retrain", number) if number else self.config.seed,
             device=self.device,
-            lr_scales=scales,
+            lr_scales=plan.lr_scales if self.config.divides_learning_rate else None,
         )
         return train_to_end(
             training,
@@ -281,7 +299,7 @@ class SharingRun(RunFolder[TaskSharingConfig], ABC):
             "backbone": self.encoder.name,
             "found": self.found,
             "baseline": baseline,
-            "target_ms": None if self.config.latency is None else self.config.latency.target_ms,
+            "target_ms": self.target_ms,
             "networks": networks,
             "search": self.search_figures(),
             "seconds": self.seconds,
@@ -430,6 +448,12 @@ class BranchRun(SharingRun):
     def _is_within_budget(self) -> bool:
         return bool(self.search_config.objective == "budget")
 
+    @property
+    def target_ms(self) -> float | None:
+        """That of the objective `budget`."""
+        latency = self.config.latency
+        return latency.target_ms if self._is_within_budget and latency is not None else None
+
     def _check_search(self) -> None:
         latency = self.config.latency
         if not self._is_within_budget or latency is None or self.latencies is None:
@@ -454,7 +478,7 @@ class BranchRun(SharingRun):
             self.tasks,
             costs=costs,
             macs=self.macs,
-            target=self.config.latency.target_ms if self.config.latency is not None else None,
+            target=self.target_ms,
             splits={name: self.frames.part(name) for name in ("weights", "alpha")},
             augmentation=self.config.data.augment,
             seed=self.config.seed,
@@ -642,6 +666,7 @@ class ShareRun(SharingRun):
             what=f"operators: {shares}",
             build=partial(self._build, policy),
             identity=policy.to_json(),
+            lr_scales=policy_learning_rates(policy),
             num_seeds=self.config.retrain.num_seeds,
         )
 
@@ -712,6 +737,10 @@ def sweep(
     plot = tradeoff_plot(merged["networks"], baseline=merged["baseline"])
     write_bytes(folder / "sweep.png", plot)
     return merged
+
+
+def _is_same(one: Branching, other: Branching | None) -> bool:
+    return other is not None and one.groupings == other.groupings
 
 
 def _with_lambda(

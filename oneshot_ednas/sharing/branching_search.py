@@ -376,18 +376,20 @@ class BranchingSearch:
         """One weight step, before it the alpha steps of a new cycle; returns numbers to log."""
         config = self.config
         config.optimizer.apply(self.optimizer, step, config.steps)
+        cycle = config.cycle_steps or max(len(self.splits["weights"]) // config.batch_size, 1)
+        place = (step - config.warmup_steps) % cycle
         if step < config.warmup_steps:
             values = self._routed_step(step, self._own_routes(step))
             return values | self._cost_values() | {"temperature": 0.0}
         alpha_values: dict[str, float | Tensor] = {}
-        cycle = config.cycle_steps or max(len(self.splits["weights"]) // config.batch_size, 1)
-        if (step - config.warmup_steps) % cycle == 0:
+        if place == 0:
             share = config.alpha_share / (1 - config.alpha_share)
             for _ in range(max(round(share * cycle), 1)):
                 alpha_values = self._alpha_step(step)
             # The branching has changed: the momentum is of others (BMTAS appendix A). So would be
             # running BN statistics, but the supergraph keeps none.
             self._reset_momentum()
+        self._correct_bias(step, place)
         if config.gates == "soft":
             values = self._mixed_step(step)
         else:
@@ -461,10 +463,22 @@ class BranchingSearch:
         self.optimizer.step()
 
     def _reset_momentum(self) -> None:
-        for state in self.optimizer.state.values():
+        for parameter in self.optimizer.param_groups[0]["params"]:
+            state = self.optimizer.state[parameter]
             for name in ("exp_avg", "momentum_buffer"):
                 if state.get(name) is not None:
                     state[name].zero_()
+
+    def _correct_bias(self, step: int, place: int) -> None:
+        """Make up for Adam's momentum being an average over the steps since its reset.
+
+        Adam divides it by 1 - beta^t, t counting all steps; since the reset there were fewer, and
+        the steps after it would be too short by that much.
+        """
+        group = self.optimizer.param_groups[0]
+        if "betas" in group:
+            beta = group["betas"][0]
+            group["lr"] *= (1 - beta ** (step + 1)) / (1 - beta ** (place + 1))
 
     def _alpha_step(self, step: int) -> dict[str, float | Tensor]:
         """One step of alpha by the tasks' losses and the expected cost."""
@@ -588,7 +602,7 @@ class BranchingSearch:
         if self.step >= self.config.steps and entropy > 0.95 * maximum:
             found.append(
                 f"alpha is still almost uniform (entropy {entropy:.1f} of {maximum:.1f} nats); "
-                f"raise alpha_learning_rate or search longer"
+                f"raise branching.alpha_learning_rate or search longer"
             )
         expected = float(self.expected_cost().detach())
         if (
@@ -599,7 +613,7 @@ class BranchingSearch:
         ):
             found.append(
                 f"E[cost] {expected:.3g} {self.costs.unit} ends above the target "
-                f"{self.target:.3g}; raise latency.weight or search longer"
+                f"{self.target:.3g}; raise branching.latency.weight or search longer"
             )
         return found
 

@@ -41,6 +41,15 @@ class OperatorNetwork(nn.Module):
     ) -> None:
         super().__init__()
         self.body, self.policy, self.operators = body, policy, operators
+        # Weights with two names are in the state once: checkpoints hold no tensor twice.
+        names = dict[int, str]()
+        self._second_names: dict[str, str] = {}
+        for name, parameter in self.named_parameters(remove_duplicate=False):
+            first = names.setdefault(id(parameter), name)
+            if first != name:
+                self._second_names[name] = first
+        self.register_state_dict_post_hook(_drop_second_names)
+        self.register_load_state_dict_pre_hook(_add_second_names)
 
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> dict[str, Tensor]:
         """Raw maps per task."""
@@ -75,6 +84,19 @@ class OperatorNetwork(nn.Module):
             for name, parameter in self.body.named_parameters()
             if not name.startswith("decoders.")
         }
+
+
+def _drop_second_names(
+    module: nn.Module, state: dict[str, Any], prefix: str, _metadata: object
+) -> None:
+    for name in cast(OperatorNetwork, module)._second_names:
+        del state[prefix + name]
+
+
+def _add_second_names(module: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
+    for name, first in cast(OperatorNetwork, module)._second_names.items():
+        if prefix + first in state:
+            state[prefix + name] = state[prefix + first]
 
 
 class Supermodel(nn.Module):
@@ -173,6 +195,7 @@ class Supermodel(nn.Module):
         for name, module in body.named_modules():
             if name in self._momenta:
                 cast(Any, module).momentum = self._momenta[name]
+        _with_own_statistics(body)
         return OperatorNetwork(body, policy, self.operators).train(self.training)
 
     def pretraining_gates(self) -> Float[Tensor, "tasks operators 3"]:
@@ -207,6 +230,38 @@ class Supermodel(nn.Module):
                 f"search on this backbone"
             )
         return Weaver(self.tasks, self.operator_names, policy).weave(self._traced, self._skips)
+
+
+def policy_learning_rates(policy: Policy) -> dict[str, float]:
+    """By the name of a module of a policy's network, 1 / the number of tasks that share it."""
+    scales = {}
+    for index, operator in enumerate(policy.operators):
+        count = sum(row[index] == SHARED for row in policy.choices)
+        if count > 0:
+            scales[f"body.shared.{operator}"] = 1 / count
+    return scales
+
+
+def _with_own_statistics(body: fx.GraphModule) -> None:
+    """Give every further run of a module BN statistics of its own, and the weights of the first.
+
+    Tasks that share an operator may come to it with different values: each batch is normalised by
+    itself in training, and an average over all of them would fit none.
+    """
+    seen = set[str]()
+    for number, node in enumerate(body.graph.nodes):
+        target = str(node.target)
+        if node.op != "call_module" or target not in seen:
+            seen.add(target)
+            continue
+        module = body.get_submodule(target)
+        if not any(isinstance(part, (_NormBase, ElasticBatchNorm)) for part in module.modules()):
+            continue
+        shared: dict[int, object] = {id(p): p for p in module.parameters()}
+        again = copy.deepcopy(module, memo=shared)
+        node.target = f"again.n{number}.{target}"
+        _plant(body, node.target, again)
+    body.recompile()
 
 
 def _plant(tree: nn.Module, path: str, part: object) -> None:
