@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, overload, runtime_checkable
 
 from oneshot_ednas.data.source import DataConfig
-from oneshot_ednas.ranking import DeriveConfig
+from oneshot_ednas.ranking import DeriveConfig, ScoringConfig
 from oneshot_ednas.retrain import RetrainConfig
 from oneshot_ednas.schema import find_file, is_shipped, load_yaml
 from oneshot_ednas.search import SearchConfig
@@ -174,8 +174,8 @@ class TaskSharingConfig:
     """Of `oneshot-ednas branch`."""
     operators: OperatorSharingConfig | None = None
     """Of `oneshot-ednas share`."""
-    derive: DeriveConfig = DeriveConfig()
-    """Batches that candidates are scored with; how many there are, the search says."""
+    derive: ScoringConfig = ScoringConfig()
+    """How candidates are scored; how many there are, the search says."""
     retrain: RetrainConfig
     divide_learning_rate: bool | None = None
     """Whether the learning rate of a layer is divided by the number of tasks that share it (BMTAS

@@ -15,7 +15,22 @@ from oneshot_ednas.training import Metrics, accuracy_of, calibration_images, eva
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeriveConfig:
+class ScoringConfig:
+    """How candidates are scored with inherited weights."""
+
+    calibration_batches: int = 8
+    """Batches behind the BN statistics of each candidate."""
+    batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        """Counts are positive."""
+        for name in ("calibration_batches", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeriveConfig(ScoringConfig):
     """From alpha to the architecture that is retrained."""
 
     num_candidates: int = 8
@@ -23,17 +38,15 @@ class DeriveConfig:
     num_samples: int = 24
     """Further candidates drawn by alpha inside the target: after a short search the most probable
     architectures are near copies of each other, and alpha is less sure than their order says."""
-    calibration_batches: int = 8
-    """Batches behind the BN statistics of each candidate."""
-    batch_size: int = 32
     num_budgets: int = 64
     """Points of the Pareto front in the report."""
 
     def __post_init__(self) -> None:
         """Counts are positive, or 0 for no samples."""
+        super().__post_init__()
         if self.num_samples < 0:
             raise ValueError(f"num_samples: expected 0 or more, got {self.num_samples}")
-        for name in ("num_candidates", "calibration_batches", "batch_size", "num_budgets"):
+        for name in ("num_candidates", "num_budgets"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
 

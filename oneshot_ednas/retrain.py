@@ -131,9 +131,7 @@ class NetworkTraining:
         check_finite(losses, where=where, run=lambda: self.label)
         loss, balance = self.balancing.loss(losses), self.balancing.values()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(
-            self.network.parameters(), config.optimizer.clip_grad_norm
-        )
+        norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), config.optimizer.max_norm)
         check_gradient(norm, where=where, run=lambda: self.label)
         self.optimizer.step()
         self.balancing.end_step(losses)

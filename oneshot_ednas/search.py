@@ -388,7 +388,7 @@ class OneShotSearch:
 
     def _weights_update(self, where: str, run: Callable[[], object]) -> None:
         norm = torch.nn.utils.clip_grad_norm_(
-            self.supernet.parameters(), self.config.optimizer.clip_grad_norm
+            self.supernet.parameters(), self.config.optimizer.max_norm
         )
         check_gradient(norm, where=where, run=run)
         self.optimizer.step()

@@ -37,6 +37,7 @@ from oneshot_ednas.sharing.costs import BranchCosts, latency_costs, mac_costs
 from oneshot_ednas.sharing.derive_branched import (
     DerivedBranching,
     derive_branched,
+    most_probable,
     rank_branchings,
     smallest_cost,
 )
@@ -529,17 +530,7 @@ class BranchRun(SharingRun):
 
     def _derive(self, search: BranchingSearch) -> DerivedBranching:
         if not self._is_within_budget:
-            routes = search.parameters.argmax()
-            branching = routes.branching(list(self.tasks))
-            if branching.paths is None and self.encoder.space is not None:
-                path = self.encoder.space.base_architecture
-                branching = replace(branching, paths=(path,) * len(self.tasks))
-            return DerivedBranching(
-                candidates=routes.candidates,
-                branching=branching,
-                cost=search.costs.of(branching),
-                log_probability=0.0,
-            )
+            return most_probable(search.parameters, search.costs, list(self.tasks))
         assert search.target is not None
         found = derive_branched(
             search.parameters,
@@ -715,7 +706,7 @@ def sweep(
     Raises:
         ValueError: for a lambda out of range, or given twice; all are checked before the first run.
     """
-    if len(set(lambdas)) != len(lambdas) or not lambdas:
+    if len({f"{value:g}" for value in lambdas}) != len(lambdas) or not lambdas:
         raise ValueError(f"--lambdas: expected different values, got {list(lambdas)}")
     runs = {}
     for number, value in enumerate(lambdas):
@@ -723,13 +714,17 @@ def sweep(
         if number:
             one = replace(one, baselines=())
         runs[f"lambda {value:g}"] = run_class(one, folder / f"lambda_{value:g}")
+    for run in runs.values():
+        run.open(resume=resume)
     merged: dict[str, Any] = {}
+    seconds = dict[str, float]()
     for name, run in runs.items():
-        run.open(resume=resume and run.files.config.exists())
         results = run.run_all()
+        seconds |= {f"{name}.{stage}": spent for stage, spent in results["seconds"].items()}
         row = results["networks"].pop(run.found)
         merged = merged or {**results, "found": name, "baseline": name}
         merged["networks"][name] = row
+    merged["seconds"] = seconds
     if "separate" in merged["networks"]:
         merged["baseline"] = "separate"
     next(iter(runs.values())).set_gains(merged["networks"])

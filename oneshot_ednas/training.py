@@ -63,12 +63,12 @@ class OptimizerConfig:
     (1 - step / steps) ** 0.9, as in BMTAS appendix A. Both run over the steps after the rise."""
     warmup_fraction: float = 0.05
     """Share of the steps in which the learning rate rises from 0."""
-    clip_grad_norm: float = 5.0
-    """Largest norm of the gradient of all weights."""
+    clip_grad_norm: float | None = 5.0
+    """Largest norm of the gradient of all weights; null leaves it as it is."""
 
     def __post_init__(self) -> None:
         """Rates are positive."""
-        if not self.learning_rate > 0 or not self.clip_grad_norm > 0 or self.weight_decay < 0:
+        if not self.learning_rate > 0 or not self.max_norm > 0 or self.weight_decay < 0:
             raise ValueError(
                 f"expected learning_rate > 0, clip_grad_norm > 0 and weight_decay >= 0, got "
                 f"{self.learning_rate}, {self.clip_grad_norm} and {self.weight_decay}"
@@ -77,6 +77,11 @@ class OptimizerConfig:
             raise ValueError(f"warmup_fraction: expected 0 to below 1, got {self.warmup_fraction}")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum: expected 0 to below 1, got {self.momentum}")
+
+    @property
+    def max_norm(self) -> float:
+        """`clip_grad_norm` as a number, infinite for null."""
+        return math.inf if self.clip_grad_norm is None else self.clip_grad_norm
 
     def build(
         self, parameters: Iterable[nn.Parameter] | Sequence[ParameterGroup]

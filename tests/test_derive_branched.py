@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL_SPACE, toy_table
+from conftest import OUT_CHANNELS, SMALL_SPACE, toy_table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import CPU
@@ -395,3 +395,21 @@ def test_ranked_scores_are_those_of_the_stand_alone_networks(tiny):
         assert metrics == one.metrics
         expected = reward(accuracy_of(tiny.tasks, metrics), one.derived.cost, target)
         assert one.reward == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("cache_bytes", [0.0, 3e3, 4e3, 5e3, 6e3, 1e4, 1e9])
+def test_the_smallest_cost_is_exact_whatever_streams(small_space, cache_bytes):
+    table = toy_table(small_space, cache_bytes=cache_bytes, streaming_ms_per_byte=1e-3)
+    costs, exact = latency_costs(small_space, table, OUT_CHANNELS), table.costs(small_space)
+    least = smallest_cost(costs, list(OUT_CHANNELS))
+    assert least == pytest.approx(exact.min_latency_ms, rel=1e-12)
+    encoder = ednas_encoder(small_space)
+    (found, *_) = derive_branched(
+        BranchingParameters(encoder, len(OUT_CHANNELS)),
+        costs,
+        list(OUT_CHANNELS),
+        target=least,
+        num_candidates=1,
+        generator=np.random.default_rng(0),
+    )
+    assert found.cost <= least

@@ -159,6 +159,7 @@ def test_a_run_folder_holds_everything(finished, kind, sharing_project):
     names = {path.name for path in finished.iterdir()}
     assert names == {
         "config.yaml",
+        "method.json",
         "space.yaml",
         "latency_table.csv",
         "data.json",
@@ -208,7 +209,8 @@ def test_results_have_the_keys_that_reports_and_studies_read(finished, kind):
     assert results["found"] == FOUND[kind]
     assert list(results["networks"]) == [FOUND[kind], "separate", "shared"]
     assert (results["backbone"], results["baseline"], results["seed"]) == ("small", "separate", 3)
-    assert results["target_ms"] == 8.5
+    # Operator sharing keeps to no latency.
+    assert results["target_ms"] == {"branch": 8.5, "share": None}[kind]
     assert results["num_frames"] == {"train": 32, "test": 6}
     assert {"seconds", "expected", "unit", "alarms", "lambda"} <= set(results["search"])
     search = results["method"]
@@ -377,8 +379,9 @@ def test_the_table_shows_each_network_and_what_was_found(printed, kind):
         assert f"{row['delta']['overall']:+.2f} %" in line
         assert f"{row['metrics']['segmentation']['miou']:.3f}" in line
         assert (row["latency_ms"] is None) or f"{row['latency_ms']:.3f}" in line
-    for part in ("gain over separate", "target 8.5 ms", "miou", "absolute_error", "report.html"):
+    for part in ("gain over separate", "miou", "absolute_error", "report.html"):
         assert part in text
+    assert ("target 8.5 ms" in text) == (kind == "branch")
     assert "rmse" not in text
     assert f"found: {results['networks'][FOUND[kind]]['what']}" in text
     assert "<html" in (out / "report.html").read_text()
@@ -548,9 +551,9 @@ def test_searched_blocks_and_branching_stay_inside_the_target(sharing_project, t
     network = branched_network(run.encoder, branching, CHANNELS)
     assert row["parameters"] == sum(p.numel() for p in network.parameters())
     assert row["gmacs"] == pytest.approx(module_macs(network, torch.empty(1, 3, *SIZE)) / 1e9)
-    # Without `separate`, gains are over the found network.
+    # Without `separate` there are no gains.
     assert results["baseline"] == "branched"
-    assert row["delta"]["overall"] == 0
+    assert row["delta"] is None
     shared = results["networks"]["shared"]["latency_ms"]
     table = LatencyTable.load(tmp_path / "run" / "latency_table.csv")
     base = tiny.space.base_architecture
@@ -645,7 +648,8 @@ def is_tree(groupings: tuple[tuple[int, ...], ...]) -> bool:
 
 def test_permuted_networks_cost_the_same_and_never_join_parted_tasks(planned):
     run = planned("baselines=[separate, permuted]", "num_permutations=7", "retrain.num_seeds=3")
-    names = [f"permuted_{number}" for number in range(1, 8)]
+    # Of three tasks one leaves first; the found tree is not among the others.
+    names = ["permuted_1", "permuted_2"]
     assert list(run.plans) == ["branched", "separate", *names]
     found = run.plans["branched"]
     assert (found.num_seeds, run.plans["separate"].num_seeds) == (3, 3)
@@ -659,8 +663,7 @@ def test_permuted_networks_cost_the_same_and_never_join_parted_tasks(planned):
         assert run.macs.of(plan.branching) == pytest.approx(run.macs.of(found.branching))
         assert sum(p.numel() for p in plan.build().parameters()) == sizes
         seen.add(plan.branching.groupings)
-    # Which of three tasks leaves first.
-    assert len(seen) == 3
+    assert len({*seen, found.branching.groupings}) == 3
     assert not is_tree(((0, 0, 0), (0, 0, 1), (0, 0, 0)))
 
 
@@ -670,7 +673,7 @@ def test_vanilla_and_random_are_nearest_to_the_cost_of_the_found_tree(planned):
     path = run.encoder.space.base_architecture
     vanilla = run.plans["vanilla"].branching
     gaps = [
-        abs(run.macs.of(Branching.vanilla(tasks, 6, count, path)) - wanted) for count in range(7)
+        abs(run.macs.of(Branching.vanilla(tasks, 6, count, path)) - wanted) for count in range(1, 6)
     ]
     assert abs(run.macs.of(vanilla) - wanted) == min(gaps)
     assert set(vanilla.groupings) <= {(0, 0, 0), (0, 1, 2)}
@@ -688,8 +691,8 @@ def test_baselines_of_a_policy_are_nearest_in_macs(sharing_project, tmp_path):
     supermodel = run.search.supermodel
     policy = Policy.uniform(supermodel.tasks, supermodel.operator_names, OWN)
     write_json(run.files.policy, policy.to_json())
-    # All operators of its own: as large as separate networks.
-    assert run.plans["vanilla"].branching.num_groups == (2,) * 6
+    # All operators of its own: as large as separate networks. Vanilla shares the first layer.
+    assert run.plans["vanilla"].branching.num_groups == (1, *(2,) * 5)
     assert run.plans["random"].branching.num_groups == (2,) * 6
 
 

@@ -65,6 +65,11 @@ def table(folders: list[Path]) -> str:
         results = read_json(folder / "results.json")
         tasks, found = _networks(folder, results)
         for name, row in found.items():
+            if results["seed"] in rows[name] and name not in ("separate", "shared"):
+                raise ValueError(
+                    f"{folder} has a second network {name} of seed {results['seed']}; give one run "
+                    f"of a kind and seed"
+                )
             rows[name].setdefault(results["seed"], row)
     if "separate" not in rows:
         raise ValueError("none of the runs has the network separate; run branch with that baseline")
@@ -79,7 +84,8 @@ def table(folders: list[Path]) -> str:
             if seed not in rows["separate"]:
                 raise ValueError(f"seed {seed} has no network separate; run branch with that seed")
             base = rows["separate"][seed]["metrics"]
-            gain = deltas(row["metrics"], base, names=names, lower_is_better=errors)
+            counted = {t: [n for n in names[t] if base[t][n] > 0] for t in names}
+            gain = deltas(row["metrics"], base, names=counted, lower_is_better=errors)
             gains.append([gain.overall, *gain.tasks.values()])
         mean = [statistics.fmean(column) for column in zip(*gains, strict=True)]
         held_rows = list(rows[name].values())

@@ -35,7 +35,8 @@ def _command(name: str, run_class: type[SharingRun], help_text: str, example: st
     @click.option(
         "--lambdas",
         metavar="X,Y,...",
-        help="A run for each of these values of lambda, in folders under --out.",
+        help="A run for each of these values of lambda, in folders under --out: the weight of the "
+        "expected cost (branch, with objective: weighted) or of the regularization (share).",
     )
     @resume_option
     @json_option

@@ -116,6 +116,9 @@ class BranchedNetwork(nn.Module):
                 compute what tasks share once; gates mix all candidates. The network of a branching
                 needs none.
             tasks: the tasks to run; all where not given.
+
+        Raises:
+            ValueError: if a supergraph is given neither routes nor gates.
         """
         run = self.routes if run is None else run
         if run is None:
@@ -281,7 +284,9 @@ def inherit_branched(
     """
     labels = tuple(zip(*branching.groupings, strict=True))
     if network.routes is None or network.routes.candidates != labels:
-        raise ValueError(f"expected the network of {branching}")
+        raise ValueError(
+            f"expected the network of {branching}; make it by branched_network of these routes"
+        )
     for layer, count in enumerate(branching.num_groups):
         for group in range(count):
             task = branching.first_task(layer, group)

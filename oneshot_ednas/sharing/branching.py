@@ -21,7 +21,11 @@ class Branching:
     """Of an EDNAS backbone: per task the blocks on its way. Tasks of a group have the same."""
 
     def __post_init__(self) -> None:
-        """Check that it is a tree."""
+        """Check that it is a tree.
+
+        Raises:
+            ValueError: if it is none, or tasks that share a layer have other blocks there.
+        """
         check_num_tasks(len(self.tasks))
         before: Grouping = (0,) * len(self.tasks)
         if not self.groupings:
@@ -63,7 +67,11 @@ class Branching:
         routes: Sequence[Sequence[int]],
         paths: tuple[Architecture, ...] | None = None,
     ) -> "Branching":
-        """Of the candidate that each task takes in each layer, `[tasks][layers]`."""
+        """Of the candidate that each task takes in each layer, `[tasks][layers]`.
+
+        Raises:
+            ValueError: if the paths of tasks that share a layer have other blocks there.
+        """
         grouping: Grouping = (0,) * len(tasks)
         groupings = []
         for labels in zip(*routes, strict=True):
@@ -112,7 +120,11 @@ class Branching:
         generator: np.random.Generator,
         path: Architecture | None = None,
     ) -> "Branching":
-        """A random tree: groups part in two at uniform layers, until a random number of groups."""
+        """A random tree: groups part in two at uniform layers, until a random number of groups.
+
+        Raises:
+            ValueError: for too few or too many tasks.
+        """
         check_num_tasks(len(tasks))
         count = len(tasks)
         num_parts = int(generator.integers(count))
@@ -131,6 +143,9 @@ class Branching:
 
         Args:
             order: task `i` takes the place of task `order[i]`.
+
+        Raises:
+            ValueError: if that is no permutation of the tasks.
         """
         if sorted(order) != list(range(len(self.tasks))):
             raise ValueError(f"order: expected a permutation of the tasks, got {list(order)}")
@@ -165,7 +180,10 @@ class Branching:
         return self.groupings[layer - 1][self.first_task(layer, group)]
 
     def __str__(self) -> str:
-        """For example `stem-4 all; 5-10 segmentation | depth normals`."""
+        """For example `layers 1-4: all tasks; layers 5-10: depth | segmentation+normals`.
+
+        Layers count from 1, the stem.
+        """
         parts, start = [], 0
         for layer in range(1, self.num_layers + 1):
             if layer < self.num_layers and self.groupings[layer] == self.groupings[start]:

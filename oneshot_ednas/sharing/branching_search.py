@@ -458,7 +458,7 @@ class BranchingSearch:
 
     def _update(self, step: int, what: str) -> None:
         trainable = [p for p in self.network.parameters() if p.grad is not None]
-        norm = torch.nn.utils.clip_grad_norm_(trainable, self.config.optimizer.clip_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(trainable, self.config.optimizer.max_norm)
         check_gradient(norm, where=f"branching step {step}", run=lambda: what)
         self.optimizer.step()
 

@@ -15,7 +15,13 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from oneshot_ednas.latency.costs import Price, block_cells, block_prices, lateral_prices
+from oneshot_ednas.latency.costs import (
+    Price,
+    SpaceCosts,
+    block_cells,
+    block_prices,
+    lateral_prices,
+)
 from oneshot_ednas.latency.operations import Operation, fixed_operations, network_io_bytes
 from oneshot_ednas.latency.table import LatencyTable
 from oneshot_ednas.models.encoder import Encoder
@@ -95,6 +101,24 @@ class BranchCosts:
         if not self.space.is_fixed:
             raise ValueError("blocks vary: the branching needs an architecture per task")
         return block_cells(self.space, self.space.base_architecture)
+
+    @cached_property
+    def unbranched(self) -> SpaceCosts:
+        """The costs of networks with one encoder for all tasks, over a space of blocks."""
+        assert self.space is not None
+        blocks = [prices.copy() for prices in self.blocks]
+        for index, laterals in self.laterals.items():
+            blocks[index] += laterals
+        constant = self.constant + self.layers.sum(0)
+        return SpaceCosts(
+            space=self.space,
+            block_ms=tuple(prices[..., 0].copy() for prices in blocks),
+            block_bytes=tuple(prices[..., 1].copy() for prices in blocks),
+            constant_ms=float(constant[0]),
+            constant_bytes=float(constant[1]),
+            cache_bytes=self.cache_bytes,
+            streaming_ms_per_byte=self.streaming_per_byte,
+        )
 
     # Expectation ----------------------------------------------------------------------------
 

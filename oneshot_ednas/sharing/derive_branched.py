@@ -10,7 +10,7 @@ cheapest is never lost to rounding.
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -18,8 +18,10 @@ from scipy.optimize import linear_sum_assignment
 
 from oneshot_ednas.architecture import Architecture, BlockArchitecture
 from oneshot_ednas.data.packed import PackedSplit
+from oneshot_ednas.derive import BudgetSearch
 from oneshot_ednas.models.network import recalibrate_bn
-from oneshot_ednas.ranking import DeriveConfig
+from oneshot_ednas.ranking import ScoringConfig
+from oneshot_ednas.relaxation import ArchitectureParameters
 from oneshot_ednas.reward import reward
 from oneshot_ednas.sharing.branched import (
     BranchedNetwork,
@@ -56,7 +58,7 @@ class DerivedBranching:
     cost: float
     """In the unit of the search."""
     log_probability: float
-    """Of routes and blocks under softmax(alpha)."""
+    """Of routes, and of each group's blocks by its candidate's probabilities."""
 
 
 def derive_branched(
@@ -71,8 +73,11 @@ def derive_branched(
     """Probable branched networks inside the target: the most probable ones, then drawn ones.
 
     Each draw adds Gumbel noise to all log-probabilities and takes the most probable within the
-    target (perturb and MAP). Routes are chosen first, at three prices of blocks that vary: the
-    lowest, the expected, the highest; so the budget goes to branches in some, to blocks in others.
+    target (perturb and MAP). Where blocks vary, the two are chosen one after the other, which is a
+    heuristic: first the routes, with blocks at the lowest, the expected or the highest price, so
+    that the budget goes to branches in some and to blocks in others; then the most probable blocks
+    along these routes. Groups that take one candidate each choose blocks by its probabilities, and
+    may choose different ones.
 
     Args:
         parameters: alpha.
@@ -93,9 +98,12 @@ def derive_branched(
         )
     clean, space = _LogProbabilities.of(parameters), parameters.space
     found: dict[Branching, DerivedBranching] = {}
-    for attempt in range(6 * num_candidates):
-        log_p = clean if attempt < 3 else clean.with_noise(generator)
-        routes, branching = _most_probable(log_p, clean, costs, tasks, target, level=attempt % 3)
+    levels = 3 if clean.options else 1
+    for attempt in range(2 * levels * num_candidates):
+        log_p = clean if attempt < levels else clean.with_noise(generator)
+        level = attempt % levels
+        best = _most_probable(log_p, clean, costs, tasks, target, level=level)
+        routes, branching = best or _shared(parameters, clean, costs, tasks, target)
         cost = costs.of(branching)
         if branching not in found:
             found[branching] = DerivedBranching(
@@ -117,8 +125,11 @@ def _most_probable(
     target: float,
     *,
     level: int,
-) -> tuple[Candidates, Branching]:
-    """The most probable routes and their blocks inside the target; how, see `best_paths`."""
+) -> tuple[Candidates, Branching] | None:
+    """The most probable routes and their blocks inside the target; how, see `best_paths`.
+
+    None where it finds none: what streams past the cache may leave no weighting inside the target.
+    """
     tried = set[Candidates]()
     for share in SHARES:
         found = []
@@ -140,19 +151,60 @@ def _most_probable(
         if found:
             _, routes, branching = max(found, key=lambda one: one[0])
             return routes, branching
-    raise AssertionError("full sharing with the cheapest blocks is inside the target")
+    return None
+
+
+def _shared(
+    parameters: BranchingParameters,
+    clean: "_LogProbabilities",
+    costs: BranchCosts,
+    tasks: Sequence[str],
+    target: float,
+) -> tuple[Candidates, Branching]:
+    """One encoder for all tasks, of the candidates that all together take most, exactly."""
+    best = int(clean.routes.sum((0, 1)).argmax())
+    path = None
+    if costs.space is not None:
+        path = costs.space.base_architecture
+        if parameters.candidates:
+            path = _unbranched(parameters.candidates[best], costs, target)
+    branching = Branching.shared(tasks, costs.num_layers, path)
+    return ((best,) * costs.num_layers,) * len(tasks), branching
+
+
+def most_probable(
+    parameters: BranchingParameters, costs: BranchCosts, tasks: Sequence[str]
+) -> DerivedBranching:
+    """The argmax of alpha, whatever it costs (BMTAS section 3.2)."""
+    routes, space = parameters.argmax(), parameters.space
+    branching = routes.branching(tasks)
+    if branching.paths is None and space is not None:
+        branching = replace(branching, paths=(space.base_architecture,) * len(tasks))
+    log_p = _LogProbabilities.of(parameters)
+    return DerivedBranching(
+        candidates=routes.candidates,
+        branching=branching,
+        cost=costs.of(branching),
+        log_probability=log_p.of_network(routes.candidates, branching, space),
+    )
 
 
 def smallest_cost(costs: BranchCosts, tasks: Sequence[str]) -> float:
-    """Cost of the cheapest branched network: fully shared, with the cheapest blocks."""
-    if costs.space is None or costs.space.is_fixed:
-        path = None if costs.space is None else costs.space.base_architecture
-        return costs.of(Branching.shared(tasks, costs.num_layers, path))
-    together = ((0,) * costs.num_layers,) * len(tasks)
-    log_p = _LogProbabilities.uniform(costs.space, costs.num_layers, len(tasks))
-    trees = [_Tree(together, log_p, costs, weight) for weight in _weightings(costs)]
-    found = [tree.solve(tree.least) for tree in trees]
-    return min(costs.of(Branching.from_routes(tasks, together, paths)) for paths in found)
+    """Cost of the cheapest branched network: fully shared, with the cheapest blocks; exact."""
+    path = None
+    if costs.space is not None:
+        path = costs.space.base_architecture
+        if not costs.space.is_fixed:
+            path = _unbranched(ArchitectureParameters(costs.space), costs, math.inf)
+    return costs.of(Branching.shared(tasks, costs.num_layers, path))
+
+
+def _unbranched(alpha: ArchitectureParameters, costs: BranchCosts, target: float) -> Architecture:
+    """The most probable blocks of one encoder for all tasks; of no target, the cheapest."""
+    least = costs.unbranched.min_latency_ms
+    # The two ways to sum up a cost round differently.
+    target = least if math.isinf(target) else max(target * (1 + ROUNDING), least)
+    return BudgetSearch(alpha, costs.unbranched).best(target, 1)[0].architecture
 
 
 # Log-probabilities ---------------------------------------------------------------------------
@@ -173,14 +225,6 @@ class _LogProbabilities:
             for one in parameters.candidates
         )
         return cls(routes, options)
-
-    @classmethod
-    def uniform(cls, space: SearchSpace, num_layers: int, num_tasks: int) -> "_LogProbabilities":
-        block = tuple(
-            tuple(np.zeros(len(spec.options(name))) for name in CHOICE_FIELDS)
-            for spec in space.blocks
-        )
-        return cls(np.zeros((num_tasks, num_layers, num_tasks)), (block,) * num_tasks)
 
     def with_noise(self, generator: np.random.Generator) -> "_LogProbabilities":
         options = tuple(
@@ -589,7 +633,7 @@ def rank_branchings(
     target: float,
     calibration: PackedSplit,
     validation: PackedSplit,
-    config: DeriveConfig,
+    config: ScoringConfig,
 ) -> list[RankedBranching]:
     """Candidates by the reward of EDNAS (eq. 4-7) on validation data, best first.
 

@@ -290,7 +290,7 @@ class OperatorSearch:
         loss, balance = self.balancing.loss(losses), self.balancing.values()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(
-            self.supermodel.parameters(), self.config.optimizer.clip_grad_norm
+            self.supermodel.parameters(), self.config.optimizer.max_norm
         )
         check_gradient(norm, where=f"operators step {step}", run=self._mean_choices)
         self.optimizer.step()
@@ -369,14 +369,14 @@ class OperatorSearch:
         if self.step >= self.config.steps and entropy > UNDECIDED_ENTROPY * largest:
             found.append(
                 f"the policy is still almost uniform (entropy {entropy:.2f} of {largest:.2f} nats "
-                f"per choice); raise policy_learning_rate or search longer"
+                f"per choice); raise operators.policy_learning_rate or search longer"
             )
         policy = self.policy.argmax()
         for task, row in zip(policy.tasks, policy.choices, strict=True):
             if set(row) == {SKIP}:
                 found.append(
                     f"{task} skips every operator: its decoder sees the images alone; search "
-                    f"longer or raise regularization"
+                    f"longer or raise operators.regularization"
                 )
         return found
 
