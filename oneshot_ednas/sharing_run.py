@@ -8,7 +8,7 @@ import itertools
 import json
 import statistics
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -21,10 +21,8 @@ from torch import nn
 from oneshot_ednas.config import TaskSharingConfig
 from oneshot_ednas.deploy import deploy
 from oneshot_ednas.latency.table import LatencyTable
-from oneshot_ednas.models.encoder import Chain
 from oneshot_ednas.models.macs import module_macs
 from oneshot_ednas.report import RunPictures, write_sharing_report
-from oneshot_ednas.report.sharing_curves import tradeoff_plot
 from oneshot_ednas.retrain import NetworkTraining, train_to_end
 from oneshot_ednas.reward import deltas
 from oneshot_ednas.run_folder import Frames, RunFolder, over_seeds, versions
@@ -32,25 +30,11 @@ from oneshot_ednas.schema import find_file, read_json
 from oneshot_ednas.sharing.backbone import make_encoder
 from oneshot_ednas.sharing.branched import BranchedNetwork, branched_network, learning_rate_scales
 from oneshot_ednas.sharing.branching import Branching, nearest
-from oneshot_ednas.sharing.branching_search import BranchingSearch
 from oneshot_ednas.sharing.costs import BranchCosts, latency_costs, mac_costs
-from oneshot_ednas.sharing.derive_branched import (
-    DerivedBranching,
-    derive_branched,
-    most_probable,
-    rank_branchings,
-    smallest_cost,
-)
-from oneshot_ednas.sharing.groupings import all_groupings, grouping_probabilities
-from oneshot_ednas.sharing.operator_search import OperatorSearch, rank_policies
 from oneshot_ednas.sharing.operators import (
     OperatorNetwork,
-    operator_network,
-    policy_learning_rates,
 )
-from oneshot_ednas.sharing.policy import Policy
-from oneshot_ednas.sharing.tracing import trace_backbone
-from oneshot_ednas.store import load_checkpoint, write_bytes, write_json
+from oneshot_ednas.store import load_checkpoint, write_json
 from oneshot_ednas.tasks import lower_is_better
 from oneshot_ednas.training import Metrics, derived_seed, evaluate, note, numpy_generator
 
@@ -427,326 +411,8 @@ class SharingRun(RunFolder[TaskSharingConfig], ABC):
         return results
 
 
-class BranchRun(SharingRun):
-    """Where tasks part, and, with `backbone.architecture: search`, of which blocks."""
-
-    method, found = "branching", "branched"
-
-    @property
-    def search_config(self) -> Any:
-        """The branching search.
-
-        Raises:
-            ValueError: if the config has none.
-        """
-        if self.config.branching is None:
-            raise ValueError(
-                "the config has no section branching; see configs/sharing_streets_tiny.yaml"
-            )
-        return self.config.branching
-
-    @property
-    def _is_within_budget(self) -> bool:
-        return bool(self.search_config.objective == "budget")
-
-    @property
-    def target_ms(self) -> float | None:
-        """That of the objective `budget`."""
-        latency = self.config.latency
-        return latency.target_ms if self._is_within_budget and latency is not None else None
-
-    def _check_search(self) -> None:
-        latency = self.config.latency
-        if not self._is_within_budget or latency is None or self.latencies is None:
-            return
-        least = smallest_cost(self.latencies, list(self.tasks))
-        if not latency.target_ms >= least:
-            raise ValueError(
-                f"latency.target_ms is {latency.target_ms:.4g} ms, below the smallest branched "
-                f"network of {self.encoder.name}: {least:.4g} ms; raise it"
-            )
-
-    @cached_property
-    def search(self) -> BranchingSearch:
-        """The search, from its checkpoint where there is one."""
-        config = self.search_config
-        counted = self._is_within_budget or config.resource == "latency"
-        costs = self.latencies if counted else self.macs
-        assert costs is not None
-        search = BranchingSearch(
-            config,
-            self.encoder,
-            self.tasks,
-            costs=costs,
-            macs=self.macs,
-            target=self.target_ms,
-            splits={name: self.frames.part(name) for name in ("weights", "alpha")},
-            augmentation=self.config.data.augment,
-            seed=self.config.seed,
-            device=self.device,
-        )
-        search.resume(self.files.checkpoint("branching"))
-        return search
-
-    def find(self) -> None:
-        """Search and derive, where that is not done."""
-        if self.files.branching.exists():
-            return
-        search = self.search
-        if search.step < search.config.steps:
-            note(
-                f"branch: {self.encoder.name}, {len(self.encoder.layers)} layers, "
-                f"{len(self.tasks)} tasks, {search.config.steps} steps on {self.device}"
-            )
-            with self.timed("branching") as add_time:
-                search.run(self.files.folder, self.files.checkpoint("branching"), add_time)
-        for alarm in search.alarms():
-            note(f"branch: warning: {alarm}")
-        with self.timed("derive"):
-            derived = self._derive(search)
-        probabilities = search.parameters.probabilities().routes.detach().cpu().double()
-        names = [",".join(map(str, grouping)) for grouping in all_groupings(len(self.tasks))]
-        rows = grouping_probabilities(probabilities).clamp(0, 1).tolist()
-        write_json(
-            self.files.branching,
-            derived.branching.to_json()
-            | {
-                "layers": [layer.name for layer in self.encoder.layers],
-                "candidates": [list(route) for route in derived.candidates],
-                "probabilities": probabilities.tolist(),
-                "grouping_probabilities": [dict(zip(names, row, strict=True)) for row in rows],
-                "search": {
-                    "expected": float(search.expected_cost().detach()),
-                    "unit": search.costs.unit,
-                    "found": derived.cost,
-                    "shared": search.shared_cost,
-                    "lambda": None if self._is_within_budget else search.config.resource_weight,
-                    "macs": search.macs,
-                    "alarms": search.alarms(),
-                },
-            },
-        )
-        note(f"branch: {derived.cost:.4g} {search.costs.unit}, {derived.branching}")
-
-    def _derive(self, search: BranchingSearch) -> DerivedBranching:
-        if not self._is_within_budget:
-            return most_probable(search.parameters, search.costs, list(self.tasks))
-        assert search.target is not None
-        found = derive_branched(
-            search.parameters,
-            search.costs,
-            list(self.tasks),
-            target=search.target,
-            num_candidates=search.config.num_candidates,
-            generator=numpy_generator(self.config.seed, "candidates"),
-        )
-        ranked = rank_branchings(
-            found,
-            search,
-            target=search.target,
-            calibration=self.frames.part("weights"),
-            validation=self.frames.part("validation"),
-            config=self.config.derive,
-        )
-        return ranked[0].derived
-
-    def found_plan(self) -> Plan:
-        """The derived branching."""
-        branching = Branching.from_json(read_json(self.files.branching))
-        return self.branched_plan(branching, str(branching))
-
-    def search_figures(self) -> dict[str, Any]:
-        """Cost, lambda, time and alarms."""
-        held = read_json(self.files.branching)["search"]
-        seconds = sum(self.seconds.get(stage, 0.0) for stage in ("branching", "derive"))
-        return held | {"seconds": seconds}
-
-
-class ShareRun(SharingRun):
-    """Which operators each task shares, copies and skips."""
-
-    method, found = "operators", "operators"
-
-    @property
-    def search_config(self) -> Any:
-        """The operator search.
-
-        Raises:
-            ValueError: if the config has none.
-        """
-        if self.config.operators is None:
-            raise ValueError(
-                "the config has no section operators; see configs/sharing_streets_tiny.yaml"
-            )
-        return self.config.operators
-
-    def _check_search(self) -> None:
-        if self.config.backbone.has_choices:
-            raise ValueError(
-                "operator sharing takes one architecture: backbone.architecture base or a file"
-            )
-        if "permuted" in self.config.baselines:
-            raise ValueError("baselines: permuted is of a branching; leave it out")
-        with torch.random.fork_rng(devices=[]):
-            trace_backbone(
-                Chain(self.encoder),
-                torch.zeros(1, 3, *self.config.data.image_size),
-                self.config.backbone.operator_types,
-            )
-
-    @cached_property
-    def search(self) -> OperatorSearch:
-        """The search, from its checkpoint where there is one."""
-        search = OperatorSearch(
-            self.search_config,
-            partial(Chain, self.encoder),
-            self.encoder.build_decoder,
-            self.tasks,
-            splits={name: self.frames.part(name) for name in ("weights", "alpha")},
-            augmentation=self.config.data.augment,
-            seed=self.config.seed,
-            device=self.device,
-            operator_types=self.config.backbone.operator_types,
-        )
-        search.resume(self.files.checkpoint("operators"))
-        return search
-
-    def find(self) -> None:
-        """Search and rank, where that is not done."""
-        if self.files.policy.exists():
-            return
-        search = self.search
-        if search.step < search.config.steps:
-            note(
-                f"share: {self.encoder.name}, {len(search.supermodel.operators)} operators, "
-                f"{len(self.tasks)} tasks, {search.config.steps} steps on {self.device}"
-            )
-            with self.timed("operators") as add_time:
-                search.run(self.files.folder, self.files.checkpoint("operators"), add_time)
-        for alarm in search.alarms():
-            note(f"share: warning: {alarm}")
-        with self.timed("derive"):
-            ranked = rank_policies(
-                search,
-                search.candidates(),
-                calibration=self.frames.part("weights"),
-                validation=self.frames.part("validation"),
-                calibration_batches=self.config.derive.calibration_batches,
-                batch_size=self.config.derive.batch_size,
-            )
-        policy = ranked[0].policy
-        described = search.supermodel.describe(policy, search.policy.probabilities())
-        held = {
-            "expected": None,
-            "unit": None,
-            "lambda": search.config.regularization,
-            "candidates": [
-                {"accuracy": one.accuracy, "shares": one.policy.shares()} for one in ranked
-            ],
-            "alarms": search.alarms(),
-        }
-        write_json(self.files.policy, described | {"search": held})
-        shares = ", ".join(f"{name} {share:.0%}" for name, share in policy.shares().items())
-        note(f"share: {shares}, best of {len(ranked)} policies")
-
-    def found_plan(self) -> Plan:
-        """The ranked policy's network, with fresh weights."""
-        policy = Policy.from_json(read_json(self.files.policy))
-        shares = ", ".join(f"{name} {share:.0%}" for name, share in policy.shares().items())
-        return Plan(
-            what=f"operators: {shares}",
-            build=partial(self._build, policy),
-            identity=policy.to_json(),
-            lr_scales=policy_learning_rates(policy),
-            num_seeds=self.config.retrain.num_seeds,
-        )
-
-    def _build(self, policy: Policy) -> OperatorNetwork:
-        decoders: Mapping[str, nn.Module] = {
-            name: self.encoder.build_decoder(count) for name, count in self.out_channels.items()
-        }
-        return operator_network(
-            partial(Chain, self.encoder),
-            decoders,
-            torch.zeros(1, 3, *self.config.data.image_size),
-            policy,
-            self.config.backbone.operator_types,
-        )
-
-    def search_figures(self) -> dict[str, Any]:
-        """lambda_reg, time and alarms."""
-        held = read_json(self.files.policy)["search"]
-        seconds = sum(self.seconds.get(stage, 0.0) for stage in ("operators", "derive"))
-        return {**held, "seconds": seconds}
-
-
-def sweep(
-    run_class: type[SharingRun],
-    config: TaskSharingConfig,
-    folder: Path,
-    lambdas: Sequence[float],
-    *,
-    resume: bool,
-) -> dict[str, Any]:
-    """A run for each lambda, in a folder of its own, and what they found side by side.
-
-    The first trains the baselines for all. Writes `sweep.json` and `sweep.png`.
-
-    Args:
-        run_class: the method.
-        config: the config, of which lambda is replaced: `branching.resource_weight`, with the
-            objective `weighted`, or `operators.regularization`.
-        folder: holds the runs' folders.
-        lambdas: the values.
-        resume: go on with runs that are there.
-
-    Returns:
-        As of `SharingRun.evaluate`, with each run's found network under the name of its lambda.
-
-    Raises:
-        ValueError: for a lambda out of range, or given twice; all are checked before the first run.
-    """
-    if len({f"{value:g}" for value in lambdas}) != len(lambdas) or not lambdas:
-        raise ValueError(f"--lambdas: expected different values, got {list(lambdas)}")
-    runs = {}
-    for number, value in enumerate(lambdas):
-        one = _with_lambda(run_class, config, value)
-        if number:
-            one = replace(one, baselines=())
-        runs[f"lambda {value:g}"] = run_class(one, folder / f"lambda_{value:g}")
-    for run in runs.values():
-        run.open(resume=resume)
-    merged: dict[str, Any] = {}
-    seconds = dict[str, float]()
-    for name, run in runs.items():
-        results = run.run_all()
-        seconds |= {f"{name}.{stage}": spent for stage, spent in results["seconds"].items()}
-        row = results["networks"].pop(run.found)
-        merged = merged or {**results, "found": name, "baseline": name}
-        merged["networks"][name] = row
-    merged["seconds"] = seconds
-    if "separate" in merged["networks"]:
-        merged["baseline"] = "separate"
-    next(iter(runs.values())).set_gains(merged["networks"])
-    write_json(folder / "sweep.json", merged)
-    plot = tradeoff_plot(merged["networks"], baseline=merged["baseline"])
-    write_bytes(folder / "sweep.png", plot)
-    return merged
-
-
 def _is_same(one: Branching, other: Branching | None) -> bool:
     return other is not None and one.groupings == other.groupings
-
-
-def _with_lambda(
-    run_class: type[SharingRun], config: TaskSharingConfig, value: float
-) -> TaskSharingConfig:
-    if run_class is BranchRun and config.branching is not None:
-        branching = replace(config.branching, objective="weighted", resource_weight=value)
-        return replace(config, branching=branching)
-    if run_class is ShareRun and config.operators is not None:
-        return replace(config, operators=replace(config.operators, regularization=value))
-    return config  # the run says which section it lacks
 
 
 def _shared_fraction(network: nn.Module, plan: Plan) -> float:

@@ -14,12 +14,8 @@ from oneshot_ednas.models.encoder import ednas_encoder
 from oneshot_ednas.relaxation import one_hot_gates
 from oneshot_ednas.search import LatencyLossConfig
 from oneshot_ednas.sharing.branching import Branching
-from oneshot_ednas.sharing.branching_search import (
-    BranchingConfig,
-    BranchingParameters,
-    BranchingSearch,
-    mixed_macs,
-)
+from oneshot_ednas.sharing.branching_parameters import BranchingParameters
+from oneshot_ednas.sharing.branching_search import BranchingConfig, BranchingSearch, mixed_macs
 from oneshot_ednas.sharing.costs import latency_costs, mac_costs
 from oneshot_ednas.space import SearchSpace
 from oneshot_ednas.store import load_checkpoint, save_checkpoint

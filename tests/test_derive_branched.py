@@ -17,22 +17,13 @@ from oneshot_ednas.reward import reward
 from oneshot_ednas.search import LatencyLossConfig
 from oneshot_ednas.sharing.branched import branched_network, inherit_branched
 from oneshot_ednas.sharing.branching import Branching
-from oneshot_ednas.sharing.branching_search import (
-    BranchingConfig,
-    BranchingParameters,
-    BranchingSearch,
-)
+from oneshot_ednas.sharing.branching_parameters import BranchingParameters
+from oneshot_ednas.sharing.branching_search import BranchingConfig, BranchingSearch
 from oneshot_ednas.sharing.costs import latency_costs, mac_costs
-from oneshot_ednas.sharing.derive_branched import (
-    NUM_BINS,
-    _LogProbabilities,
-    best_paths,
-    best_routes,
-    derive_branched,
-    inherited,
-    rank_branchings,
-    smallest_cost,
-)
+from oneshot_ednas.sharing.derive_blocks import LogProbabilities, best_paths
+from oneshot_ednas.sharing.derive_branched import derive_branched, smallest_cost
+from oneshot_ednas.sharing.derive_routes import NUM_BINS, best_routes
+from oneshot_ednas.sharing.rank_branched import inherited, rank_branchings
 from oneshot_ednas.space import SearchSpace
 from oneshot_ednas.training import accuracy_of, calibration_images, evaluate
 
@@ -220,7 +211,7 @@ def test_the_best_paths_are_those_of_brute_force_up_to_bins(routes, stream):
     count = len(routes)
     tasks = names(count)
     costs = costs_of(MINI, tasks, stream)
-    log_p = _LogProbabilities.of(random_parameters(MINI, count, seed=1))
+    log_p = LogProbabilities.of(random_parameters(MINI, count, seed=1))
     every = list(all_paths(routes, MINI))
     trees = [Branching.from_routes(tasks, routes, paths) for paths in every]
     prices = np.array([costs.of(tree) for tree in trees])

@@ -30,7 +30,8 @@ from oneshot_ednas.sharing.branching import Branching
 from oneshot_ednas.sharing.branching_search import BranchingSearch
 from oneshot_ednas.sharing.operator_search import OperatorSearch
 from oneshot_ednas.sharing.policy import OWN, Policy
-from oneshot_ednas.sharing_run import BranchRun, ShareRun, SharingRun
+from oneshot_ednas.sharing_methods import BranchRun, ShareRun
+from oneshot_ednas.sharing_run import SharingRun
 from oneshot_ednas.space import SearchSpace
 from oneshot_ednas.store import load_checkpoint, write_json
 from oneshot_ednas.tasks import lower_is_better, make_tasks

@@ -22,7 +22,9 @@ from oneshot_ednas.cli.common import (
     with_data,
 )
 from oneshot_ednas.config import TaskSharingConfig, load_config
-from oneshot_ednas.sharing_run import BranchRun, ShareRun, SharingRun, sweep
+from oneshot_ednas.sharing_methods import BranchRun, ShareRun
+from oneshot_ednas.sharing_run import SharingRun
+from oneshot_ednas.sharing_sweep import sweep
 
 
 def _command(name: str, run_class: type[SharingRun], help_text: str, example: str) -> None:

@@ -28,6 +28,7 @@ from oneshot_ednas.report.sharing_curves import (
     tradeoff_plot,
     training_curves,
 )
+from oneshot_ednas.report.sharing_files import FILES, SharingFiles
 from oneshot_ednas.report.sharing_plots import (
     correlation_heatmap,
     grouping_heatmap,
@@ -35,7 +36,6 @@ from oneshot_ednas.report.sharing_plots import (
     route_heatmaps,
     sharing_pattern,
 )
-from oneshot_ednas.report.sharing_run import FILES, SharingRun
 from oneshot_ednas.sharing.policy import CHOICES, task_correlation
 from oneshot_ednas.store import write_bytes, write_text
 from oneshot_ednas.tasks import Task
@@ -65,7 +65,7 @@ def write_sharing_report(
             task or a frame.
     """
     mosaic = prediction_mosaic(pictures, tasks)
-    run = SharingRun.read(folder, tasks, pictures.images[0])
+    run = SharingFiles.read(folder, tasks, pictures.images[0])
     sections = {
         "comparison": ("Comparison", _comparison(run)),
     }
@@ -108,7 +108,7 @@ def _drawn(path: Path, draw: Callable[[], Html]) -> Html:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _headline(run: SharingRun) -> Html:
+def _headline(run: SharingFiles) -> Html:
     results, found = run.results, run.networks[run.results["found"]]
     baseline, frames = run.networks[results["baseline"]], results["num_frames"]
     target, latency = results["target_ms"], found["latency_ms"]
@@ -155,7 +155,7 @@ def _headline(run: SharingRun) -> Html:
     return join(parts)
 
 
-def _comparison(run: SharingRun) -> Html:
+def _comparison(run: SharingFiles) -> Html:
     networks, results = run.networks, run.results
     rows = [
         _measure(run, "Parameters", "parameters", is_error=True),
@@ -201,7 +201,7 @@ def _comparison(run: SharingRun) -> Html:
 
 
 def _measure(
-    run: SharingRun,
+    run: SharingFiles,
     label: object,
     *keys: str,
     is_error: bool | None = None,
@@ -236,11 +236,11 @@ def _at(row: Any, keys: Sequence[str]) -> Any:
     return row
 
 
-def _gain(run: SharingRun, label: object, *keys: str) -> list[object]:
+def _gain(run: SharingFiles, label: object, *keys: str) -> list[object]:
     return _measure(run, label, "delta", *keys, is_error=False, form="{:+.2f}".format)
 
 
-def _tradeoff(run: SharingRun) -> Html:
+def _tradeoff(run: SharingFiles) -> Html:
     results = run.results
     drawn = tradeoff_plot(results["networks"], baseline=results["baseline"], found=results["found"])
     caption = (
@@ -250,7 +250,7 @@ def _tradeoff(run: SharingRun) -> Html:
     return tag("div", figure(drawn, caption), style="max-width: 880px")
 
 
-def _trees(run: SharingRun) -> Html:
+def _trees(run: SharingFiles) -> Html:
     found, branching = run.results["found"], run.branching
     parts = []
     for name, row in run.networks.items():
@@ -303,7 +303,7 @@ def _options(
     return options
 
 
-def _routes(run: SharingRun) -> Html:
+def _routes(run: SharingFiles) -> Html:
     found = run.branching
     assert found is not None
     tasks, layers = found["tasks"], found["layers"]
@@ -323,7 +323,7 @@ def _routes(run: SharingRun) -> Html:
     )
 
 
-def _policy(run: SharingRun) -> Html:
+def _policy(run: SharingFiles) -> Html:
     found = run.policy
     assert found is not None
     tasks, operators = found["tasks"], [operator["name"] for operator in found["operators"]]
@@ -366,7 +366,7 @@ def _policy(run: SharingRun) -> Html:
     )
 
 
-def _curves(run: SharingRun) -> Html:
+def _curves(run: SharingFiles) -> Html:
     search = run.results["search"]
     parts = []
     if search.get("alarms"):

@@ -55,7 +55,7 @@ SEARCHED_KEYS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class SharingRun:
+class SharingFiles:
     """What the report shows, as read from the run folder."""
 
     config_text: str
@@ -74,7 +74,7 @@ class SharingRun:
         return {found: self.results["networks"][found], **self.results["networks"]}
 
     @classmethod
-    def read(cls, folder: Path, tasks: Mapping[str, Task], image: np.ndarray) -> "SharingRun":
+    def read(cls, folder: Path, tasks: Mapping[str, Task], image: np.ndarray) -> "SharingFiles":
         """Read the files of a run folder.
 
         Args:
