@@ -340,7 +340,7 @@ def test_states_of_something_else_are_refused(tiny):
         make(tiny, seed=1).load_state_dict(state)
     with pytest.raises(ValueError, match="of another network"):
         make(tiny, is_fixed=False).load_state_dict(state)
-    with pytest.raises(ValueError, match="not of a branching search"):
+    with pytest.raises(ValueError, match="not of a search of branching"):
         search.load_state_dict(state | {"stage": "search"})
     with pytest.raises(ValueError, match="balancing"):
         make(tiny, balancing=BalancingConfig(method="uncertainty")).load_state_dict(state)

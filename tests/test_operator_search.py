@@ -232,7 +232,7 @@ def test_a_resumed_search_equals_an_uninterrupted_one_bit_by_bit(search_of, tmp_
 def test_a_checkpoint_of_something_else_is_refused(search_of):
     search = search_of()
     for change, message in (
-        ({"stage": "search"}, "the checkpoint is of search, not of an operator search"),
+        ({"stage": "search"}, "the checkpoint is of search, not of a search of operators"),
         ({"seed": 7}, "checkpoint has seed 7, the config 0"),
         ({"supermodel": {}}, "the checkpoint is of another network"),
     ):

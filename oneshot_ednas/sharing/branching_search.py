@@ -9,13 +9,12 @@ and the budget in place of lambda, are this project's.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from oneshot_ednas.balancing import BalancingConfig
 from oneshot_ednas.data.packed import PackedSplit
@@ -27,19 +26,16 @@ from oneshot_ednas.sharing.branched import RouteGates, Routes, supergraph
 from oneshot_ednas.sharing.branching import Branching
 from oneshot_ednas.sharing.branching_parameters import BranchingParameters
 from oneshot_ednas.sharing.costs import BranchCosts
-from oneshot_ednas.store import load_checkpoint, save_checkpoint
+from oneshot_ednas.sharing.resumable import ResumableSearch
 from oneshot_ednas.tasks import Task
 from oneshot_ednas.training import (
     LoopConfig,
     OptimizerConfig,
-    StageLog,
     check_finite,
     check_gradient,
     numpy_generator,
-    run_steps,
     task_losses,
     torch_generator,
-    training_batch,
     training_macs,
     weighted_sum,
 )
@@ -130,8 +126,12 @@ class BranchingConfig:
         return (step - self.warmup_steps) / max(self.steps - self.warmup_steps - 1, 1)
 
 
-class BranchingSearch:
+class BranchingSearch(ResumableSearch):
     """A supergraph, its parameters, and everything that a checkpoint must hold."""
+
+    stage = "branching"
+    kept = ("mu", "macs", "num_alpha_steps")
+    config: BranchingConfig
 
     def __init__(
         self,
@@ -204,92 +204,25 @@ class BranchingSearch:
         path = None if space is None else space.base_architecture
         return Branching.shared(list(self.tasks), len(self.encoder.layers), path)
 
-    # Checkpoints ----------------------------------------------------------------------------
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """Supergraph and alpha."""
+        return {"network": self.network, "alpha": self.parameters}
 
-    def state_dict(self) -> dict[str, Any]:
-        """All state that later steps depend on."""
-        return {
-            "stage": "branching",
-            "step": self.step,
-            "seed": self.seed,
-            "mu": self.mu,
-            "macs": self.macs,
-            "num_alpha_steps": self.num_alpha_steps,
-            "network": self.network.state_dict(),
-            "alpha": self.parameters.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "alpha_optimizer": self.alpha_optimizer.state_dict(),
-            "balancing": self.balancing.state_dict(),
-            "torch_random_state": torch.get_rng_state(),
-        }
+    @property
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """One of each."""
+        return {"optimizer": self.optimizer, "alpha_optimizer": self.alpha_optimizer}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a state.
+    def phase(self, values: Mapping[str, float]) -> str:
+        """The expected cost, and the temperature."""
+        is_warm_up = values["temperature"] == 0
+        word = "warm-up" if is_warm_up else f"T {values['temperature']:.2f}"
+        return f"E[cost] {values['cost/expected']:.3f} {self.costs.unit}  {word}"
 
-        Raises:
-            ValueError: if the state is of another seed, network or balancing.
-        """
-        if state.get("stage") != "branching":
-            raise ValueError(
-                f"the checkpoint is of {state.get('stage')}, not of a branching search"
-            )
-        if state["seed"] != self.seed:
-            raise ValueError(f"checkpoint has seed {state['seed']}, the config {self.seed}")
-        try:
-            self.network.load_state_dict(state["network"])
-            self.parameters.load_state_dict(state["alpha"])
-        except RuntimeError as error:
-            first = str(error).splitlines()[0]
-            raise ValueError(f"the checkpoint is of another network: {first}") from None
-        self.balancing.load_state_dict(state["balancing"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.alpha_optimizer.load_state_dict(state["alpha_optimizer"])
-        self.step, self.mu, self.macs = state["step"], state["mu"], state["macs"]
-        self.num_alpha_steps = state["num_alpha_steps"]
-        torch.set_rng_state(state["torch_random_state"])
-
-    def resume(self, checkpoint: Path) -> None:
-        """Continue from a checkpoint file where there is one.
-
-        Raises:
-            ValueError: if it is damaged or of another run.
-        """
-        if checkpoint.exists():
-            self.load_state_dict(load_checkpoint(checkpoint))
-
-    def run(
-        self, folder: Path, checkpoint: Path, on_save: Callable[[], None] = lambda: None
-    ) -> None:
-        """Search from the current step to the end.
-
-        Args:
-            folder: the run folder, for the log.
-            checkpoint: the checkpoint file to write.
-            on_save: called after each checkpoint.
-
-        Raises:
-            Interrupted: after Ctrl-C, once the checkpoint is written.
-            RuntimeError: if a loss is not finite.
-        """
-
-        def take_step(step: int) -> dict[str, float | Tensor]:
-            values = self.take_step(step)
-            self.step = step + 1
-            return values
-
-        def save(_: int) -> None:
-            save_checkpoint(checkpoint, self.state_dict())
-            on_save()
-
-        with StageLog(folder, "branching", total=self.config.steps, start=self.step) as log:
-            run_steps(log, take_step, save, self._describe, self.config.loop)
-
-    def _describe(self, values: Mapping[str, float]) -> str:
-        parts = [f"loss {values['loss/weights']:.3f}"]
-        parts += [f"{name} {values[f'loss/{name}']:.3f}" for name in self.tasks]
-        parts.append(f"E[cost] {values['cost/expected']:.3f} {self.costs.unit}")
-        phase = "warm-up" if values["temperature"] == 0 else f"T {values['temperature']:.2f}"
-        return "  ".join([*parts, phase])
+    def logits(self) -> dict[str, Tensor]:
+        """Those of the routes."""
+        return {"alpha/routes": self.parameters.routes}
 
     # Steps ----------------------------------------------------------------------------------
 
@@ -504,17 +437,6 @@ class BranchingSearch:
 
     def _spend(self, forward_macs: float, batch: Mapping[str, Tensor]) -> None:
         self.macs += training_macs(int(forward_macs), len(batch["image"]))
-
-    def _batch(self, split: str, step: int) -> dict[str, Tensor]:
-        return training_batch(
-            self.splits[split],
-            name=f"branching.{split}",
-            step=step,
-            batch_size=self.config.batch_size,
-            seed=self.seed,
-            augmentation=self.augmentation,
-            device=self.device,
-        )
 
     def alarms(self) -> list[str]:
         """What looks wrong with the search, in words; empty if nothing does."""

@@ -6,8 +6,7 @@ Source: AutoMTL (Zhang et al., NeurIPS 2022, section 3.2), https://arxiv.org/abs
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,26 +25,22 @@ from oneshot_ednas.sharing.policy import (
     policy_of_gates,
     policy_regularization,
 )
-from oneshot_ednas.store import load_checkpoint, save_checkpoint
+from oneshot_ednas.sharing.resumable import ResumableSearch
 from oneshot_ednas.tasks import Task
 from oneshot_ednas.training import (
     LoopConfig,
     Metrics,
     OptimizerConfig,
-    StageLog,
     accuracy_of,
     calibration_images,
     check_finite,
     check_gradient,
     evaluate,
-    run_steps,
     task_losses,
     torch_generator,
-    training_batch,
     weighted_sum,
 )
 
-STAGE = "operators"
 DRAWS_PER_CANDIDATE = 10
 """Draws after which a peaked policy is left with fewer candidates than asked for."""
 UNDECIDED_ENTROPY = 0.95
@@ -115,8 +110,11 @@ class OperatorSharingConfig:
         return (step - self.pretrain_steps) / max(self.policy_steps - 1, 1)
 
 
-class OperatorSearch:
+class OperatorSearch(ResumableSearch):
     """A supermodel, its policy parameters, and everything that a checkpoint must hold."""
+
+    stage = "operators"
+    config: OperatorSharingConfig
 
     def __init__(
         self,
@@ -171,94 +169,25 @@ class OperatorSearch:
         self.step = 0
         self.supermodel.train()
 
-    # Checkpoints ----------------------------------------------------------------------------
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """Supermodel and policy."""
+        return {"supermodel": self.supermodel, "policy": self.policy}
 
-    def state_dict(self) -> dict[str, Any]:
-        """All state that later steps depend on."""
-        return {
-            "stage": STAGE,
-            "step": self.step,
-            "seed": self.seed,
-            "supermodel": self.supermodel.state_dict(),
-            "policy": self.policy.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "policy_optimizer": self.policy_optimizer.state_dict(),
-            "balancing": self.balancing.state_dict(),
-            # Draws are functions of seed and step; torch's own state is kept for code that draws
-            # from it, such as dropout in a backbone.
-            "torch_random_state": torch.get_rng_state(),
-        }
+    @property
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """One of each."""
+        return {"optimizer": self.optimizer, "policy_optimizer": self.policy_optimizer}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a state.
-
-        Raises:
-            ValueError: if the state is of another seed, network or balancing.
-        """
-        if state.get("stage") != STAGE:
-            raise ValueError(
-                f"the checkpoint is of {state.get('stage')}, not of an operator search"
-            )
-        if state["seed"] != self.seed:
-            raise ValueError(f"checkpoint has seed {state['seed']}, the config {self.seed}")
-        try:
-            self.supermodel.load_state_dict(state["supermodel"])
-            self.policy.load_state_dict(state["policy"])
-        except RuntimeError as error:
-            first = str(error).splitlines()[0]
-            raise ValueError(f"the checkpoint is of another network: {first}") from None
-        self.balancing.load_state_dict(state["balancing"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.policy_optimizer.load_state_dict(state["policy_optimizer"])
-        self.step = state["step"]
-        torch.set_rng_state(state["torch_random_state"])
-
-    def resume(self, checkpoint: Path) -> None:
-        """Continue from a checkpoint file where there is one.
-
-        Raises:
-            ValueError: if it is damaged or of another run.
-        """
-        if checkpoint.exists():
-            self.load_state_dict(load_checkpoint(checkpoint))
-
-    def run(
-        self, folder: Path, checkpoint: Path, on_save: Callable[[], None] = lambda: None
-    ) -> None:
-        """Search from the current step to the end.
-
-        Args:
-            folder: the run folder, for the log.
-            checkpoint: the checkpoint file to write.
-            on_save: called after each checkpoint.
-
-        Raises:
-            Interrupted: after Ctrl-C, once the checkpoint is written.
-            RuntimeError: if a loss is not finite.
-        """
-
-        def take_step(step: int) -> dict[str, float | Tensor]:
-            values = self.take_step(step)
-            self.step = step + 1
-            if step % (10 * self.config.loop.log_every) == 0:
-                log.histogram(step, "policy/logits", self.policy.logits)
-            return values
-
-        def save(_: int) -> None:
-            save_checkpoint(checkpoint, self.state_dict())
-            on_save()
-
-        with StageLog(folder, STAGE, total=self.config.steps, start=self.step) as log:
-            run_steps(log, take_step, save, self._describe, self.config.loop)
-
-    def _describe(self, values: Mapping[str, float]) -> str:
-        parts = [f"loss {values['loss/weights']:.3f}"]
-        parts += [f"{name} {values[f'loss/{name}']:.3f}" for name in self.tasks]
-        parts.append(f"shared {values['policy/shared']:.2f}")
+    def phase(self, values: Mapping[str, float]) -> str:
+        """Share of the shared operators, and the temperature."""
         is_pretraining = values["temperature"] == 0
-        return "  ".join(
-            [*parts, "pre-train" if is_pretraining else f"T {values['temperature']:.2f}"]
-        )
+        word = "pre-train" if is_pretraining else f"T {values['temperature']:.2f}"
+        return f"shared {values['policy/shared']:.2f}  {word}"
+
+    def logits(self) -> dict[str, Tensor]:
+        """Those of the policy."""
+        return {"policy/logits": self.policy.logits}
 
     # Steps ----------------------------------------------------------------------------------
 
@@ -332,17 +261,6 @@ class OperatorSearch:
 
     def _policy_of(self, gates: Tensor) -> Policy:
         return policy_of_gates(self.policy.tasks, self.policy.operators, gates)
-
-    def _batch(self, split: str, step: int) -> dict[str, Tensor]:
-        return training_batch(
-            self.splits[split],
-            name=f"{STAGE}.{split}",
-            step=step,
-            batch_size=self.config.batch_size,
-            seed=self.seed,
-            augmentation=self.augmentation,
-            device=self.device,
-        )
 
     # Results --------------------------------------------------------------------------------
 
