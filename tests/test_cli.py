@@ -37,6 +37,8 @@ COMMANDS = [
     ("derive",),
     ("retrain",),
     ("evaluate",),
+    ("branch",),
+    ("share",),
     ("export",),
     ("describe",),
     ("data", "check"),

@@ -7,14 +7,27 @@ import pytest
 from tiny import CONFIG
 
 from oneshot_ednas.architecture import Architecture
-from oneshot_ednas.config import ExperimentConfig, LatencyConfig, first_difference, load_config
+from oneshot_ednas.config import (
+    ExperimentConfig,
+    LatencyConfig,
+    TaskSharingConfig,
+    first_difference,
+    load_config,
+)
 from oneshot_ednas.data.manifest import Manifest
 from oneshot_ednas.latency.table import LatencyTable
 from oneshot_ednas.schema import dump_yaml, find_file, load_yaml, parse_yaml, shipped
+from oneshot_ednas.sharing.backbone import make_encoder
+from oneshot_ednas.sharing.branching import Branching
+from oneshot_ednas.sharing.costs import latency_costs
 from oneshot_ednas.space import SearchSpace, named_space
 from oneshot_ednas.tasks import make_tasks
 
-CONFIGS = sorted(path.name for path in shipped("configs").glob("*.yaml"))
+ALL_CONFIGS = sorted(path.name for path in shipped("configs").glob("*.yaml"))
+SHARING_CONFIGS = [
+    name for name in ALL_CONFIGS if "\nbackbone:" in (shipped("configs") / name).read_text("utf-8")
+]
+CONFIGS = [name for name in ALL_CONFIGS if name not in SHARING_CONFIGS]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -27,6 +40,23 @@ def test_every_shipped_config_loads_with_its_space_and_table(name):
     channels = {key: task.out_channels for key, task in make_tasks(config.tasks).items()}
     costs = table.costs(space, channels)
     assert costs.min_latency_ms <= config.latency.target_ms < costs.max_latency_ms
+
+
+@pytest.mark.parametrize("name", SHARING_CONFIGS)
+def test_every_shipped_config_of_task_sharing_loads(name):
+    config = load_config(shipped("configs") / name, kind=TaskSharingConfig)
+    assert parse_yaml(dump_yaml(config), TaskSharingConfig, source="copy") == config
+    encoder = make_encoder(config.backbone)
+    if config.latency is not None:
+        table = LatencyTable.load(find_file(config.latency.table))
+        table.check_image_size(*config.data.image_size)
+        channels = {key: task.out_channels for key, task in make_tasks(config.tasks).items()}
+        costs = latency_costs(encoder.space, table, channels)
+        shared, separate = (
+            costs.of(make(list(channels), costs.num_layers))
+            for make in (Branching.shared, Branching.separate)
+        )
+        assert shared < config.latency.target_ms < separate
 
 
 def test_every_shipped_table_has_a_shipped_config():

@@ -456,7 +456,7 @@ def record(
     take_step = owner.take_step
 
     def recorded(self: object, step: int) -> dict:
-        place = getattr(self, "stage", "search"), step
+        place = self.stage if isinstance(self, NetworkTraining) else "search", step
         if place == kill:
             raise Killed
         taken.append(place)
