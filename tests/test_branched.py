@@ -16,7 +16,13 @@ from oneshot_ednas import SearchSpace, build_network, export_tflite, recalibrate
 from oneshot_ednas.export.runtime import TfliteNetwork
 from oneshot_ednas.models.blocks import SharingConfig
 from oneshot_ednas.models.deeplab import named_encoder
-from oneshot_ednas.models.encoder import Chain, Encoder, ednas_encoder, output_norms
+from oneshot_ednas.models.encoder import (
+    Chain,
+    Encoder,
+    EncoderLayer,
+    ednas_encoder,
+    output_norms,
+)
 from oneshot_ednas.models.layers import ElasticBatchNorm
 from oneshot_ednas.relaxation import one_hot_gates
 from oneshot_ednas.sharing.branched import (
@@ -478,3 +484,32 @@ def test_a_branched_network_is_exported(tmp_path):
     program = torch.export.export(net, (calibration[:1],))
     for task, y in program.module()(calibration[:1]).items():
         torch.testing.assert_close(y, net(calibration[:1])[task], rtol=1e-4, atol=1e-5)
+
+
+def one_layer(name: str = "stem", **settings) -> EncoderLayer:
+    return EncoderLayer(
+        **{"name": name, "reads": (-1,), "build": lambda: torch.nn.Conv2d(3, 4, 1)} | settings
+    )
+
+
+@pytest.mark.parametrize("names", [("stem", "stem"), ("stage.1",), ("",)])
+def test_layers_go_by_names_of_their_own(names):
+    with pytest.raises(ValueError, match="expected layers with names of their own"):
+        Encoder(
+            name="own",
+            layers=tuple(one_layer(name) for name in names),
+            decoder_reads=(0,),
+            build_decoder=lambda count: torch.nn.Conv2d(4, count, 1),
+        )
+
+
+def test_a_layer_that_is_not_made_anew_is_refused():
+    module = torch.nn.Conv2d(3, 4, 1)
+    encoder = Encoder(
+        name="own",
+        layers=(one_layer(build=lambda: module),),
+        decoder_reads=(0,),
+        build_decoder=lambda count: torch.nn.Conv2d(4, count, 1),
+    )
+    with pytest.raises(ValueError, match="layer stem: build gives the same module each time"):
+        supergraph(encoder, {"a": 1, "b": 1})

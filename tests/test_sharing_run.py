@@ -384,7 +384,7 @@ def test_the_table_shows_each_network_and_what_was_found(printed, kind):
         assert part in text
     assert ("target 8.5 ms" in text) == (kind == "branch")
     assert "rmse" not in text
-    assert f"found: {results['networks'][FOUND[kind]]['what']}" in text
+    assert f"{FOUND[kind]}: {results['networks'][FOUND[kind]]['what']}" in text
     assert "<html" in (out / "report.html").read_text()
 
 
@@ -491,6 +491,13 @@ def test_a_run_killed_in_search_and_trainings_ends_as_if_it_had_not_been(
     found = {"branch": "branching.json", "share": "policy.json"}[kind]
     for name in (found, "metrics.jsonl", "splits.json", "config.yaml"):
         assert (out / name).read_text() == (finished / name).read_text(), name
+
+
+@pytest.mark.parametrize("command", ["evaluate", "derive", "retrain"])
+def test_the_stages_of_other_runs_name_the_command(finished, command):
+    line = refused(command, finished)
+    assert "on with: oneshot-ednas branch or share CONFIG" in line
+    assert "model.tflite" in line
 
 
 def test_a_folder_of_this_run_needs_resume_and_of_another_is_refused(

@@ -196,6 +196,12 @@ def reopen(folder: Path, data: Path | None) -> Run:
     files = RunFiles(folder)
     if not files.config.is_file():
         raise FileNotFoundError(f"{folder} is no run folder: it has no config.yaml")
+    if (folder / "method.json").is_file():
+        raise ValueError(
+            f"{folder} is a run of {read_json(folder / 'method.json')}, which its own command goes "
+            f"on with: oneshot-ednas branch or share CONFIG --out {folder} --resume; the model of a "
+            f"branched EDNAS network is its model.tflite"
+        )
     if files.data.is_file() and "benchmark" in read_json(files.data):
         raise ValueError(
             f"{folder} is a search on a benchmark, which trains no networks; see its results.json, "

@@ -125,5 +125,6 @@ def print_networks(results: dict[str, Any], written: Path, *, as_json: bool) -> 
             *(f"{row['metrics'][task][metric]:.3f}" for task, metric in shown),
         )
     console().print(table)
-    print(f"found: {networks[results['found']]['what']}")
-    print(f"{sum(results['seconds'].values()):.0f} s in all; {written.stem}: {written}")
+    print(f"{results['found']}: {networks[results['found']]['what']}")
+    seconds = sum(results["seconds"].values())
+    print(f"{seconds:.0f} s without export and report; {written.stem}: {written}")

@@ -49,7 +49,18 @@ class Encoder:
     """Of an EDNAS backbone: what its blocks may be; layer `l` is block `l`, layer 0 the stem."""
 
     def __post_init__(self) -> None:
-        """Layers read what comes before them."""
+        """Layers read what comes before them, and go by names of their own.
+
+        Raises:
+            ValueError: naming the layer.
+        """
+        names = [layer.name for layer in self.layers]
+        for name in names:
+            if not name or "." in name or names.count(name) > 1:
+                raise ValueError(
+                    f"{self.name}: expected layers with names of their own, without a dot, got "
+                    f"{', '.join(map(repr, names))}"
+                )
         for index, layer in enumerate(self.layers):
             if not layer.reads or not all(IMAGES <= read < index for read in layer.reads):
                 raise ValueError(

@@ -96,6 +96,12 @@ class BranchedNetwork(nn.Module):
         routes: Routes | None,
     ) -> None:
         super().__init__()
+        for layer, candidates in zip(encoder.layers, layers, strict=True):
+            if len({id(candidate) for candidate in candidates}) < len(candidates):
+                raise ValueError(
+                    f"{encoder.name}: layer {layer.name}: build gives the same module each time; "
+                    f"make a new one in it"
+                )
         self.encoder, self.routes, self.tasks = encoder, routes, tuple(out_channels)
         self.layers = nn.ModuleList(nn.ModuleList(candidates) for candidates in layers)
         self.decoders = nn.ModuleDict(
