@@ -199,8 +199,8 @@ def reopen(folder: Path, data: Path | None) -> Run:
     if (folder / "method.json").is_file():
         raise ValueError(
             f"{folder} is a run of {read_json(folder / 'method.json')}, which its own command goes "
-            f"on with: oneshot-ednas branch or share CONFIG --out {folder} --resume; the model of a "
-            f"branched EDNAS network is its model.tflite"
+            f"on with: oneshot-ednas branch or share CONFIG --out {folder} --resume; the model of "
+            f"a branched EDNAS network is its model.tflite"
         )
     if files.data.is_file() and "benchmark" in read_json(files.data):
         raise ValueError(
