@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,7 +36,12 @@ from oneshot_ednas.training import note, numpy_generator
 class BranchRun(SharingRun):
     """Where tasks part, and, with `backbone.architecture: search`, of which blocks."""
 
-    method, found = "branching", "branched"
+    command, method, found = "branch", "branching", "branched"
+
+    @property
+    def found_file(self) -> Path:
+        """The branching, and what the search came to."""
+        return self.files.branching
 
     @property
     def search_config(self) -> Any:
@@ -90,30 +96,22 @@ class BranchRun(SharingRun):
             seed=self.config.seed,
             device=self.device,
         )
-        search.resume(self.files.checkpoint("branching"))
+        search.resume(self.files.checkpoint(self.method))
         return search
 
     def find(self) -> None:
         """Search and derive, where that is not done."""
-        if self.files.branching.exists():
+        if self.found_file.exists():
             return
         search = self.search
-        if search.step < search.config.steps:
-            note(
-                f"branch: {self.encoder.name}, {len(self.encoder.layers)} layers, "
-                f"{len(self.tasks)} tasks, {search.config.steps} steps on {self.device}"
-            )
-            with self.timed("branching") as add_time:
-                search.run(self.files.folder, self.files.checkpoint("branching"), add_time)
-        for alarm in search.alarms():
-            note(f"branch: warning: {alarm}")
+        self.run_search(search, f"{len(self.encoder.layers)} layers")
         with self.timed("derive"):
             derived = self._derive(search)
         probabilities = search.parameters.probabilities().routes.detach().cpu().double()
         names = [",".join(map(str, grouping)) for grouping in all_groupings(len(self.tasks))]
         rows = grouping_probabilities(probabilities).clamp(0, 1).tolist()
         write_json(
-            self.files.branching,
+            self.found_file,
             derived.branching.to_json()
             | {
                 "layers": [layer.name for layer in self.encoder.layers],
@@ -157,20 +155,19 @@ class BranchRun(SharingRun):
 
     def found_plan(self) -> Plan:
         """The derived branching."""
-        branching = Branching.from_json(read_json(self.files.branching))
+        branching = Branching.from_json(read_json(self.found_file))
         return self.branched_plan(branching, str(branching))
-
-    def search_figures(self) -> dict[str, Any]:
-        """Cost, lambda, time and alarms."""
-        held = read_json(self.files.branching)["search"]
-        seconds = sum(self.seconds.get(stage, 0.0) for stage in ("branching", "derive"))
-        return held | {"seconds": seconds}
 
 
 class ShareRun(SharingRun):
     """Which operators each task shares, copies and skips."""
 
-    method, found = "operators", "operators"
+    command, method, found = "share", "operators", "operators"
+
+    @property
+    def found_file(self) -> Path:
+        """The policy, and what the search came to."""
+        return self.files.policy
 
     @property
     def search_config(self) -> Any:
@@ -213,23 +210,15 @@ class ShareRun(SharingRun):
             device=self.device,
             operator_types=self.config.backbone.operator_types,
         )
-        search.resume(self.files.checkpoint("operators"))
+        search.resume(self.files.checkpoint(self.method))
         return search
 
     def find(self) -> None:
         """Search and rank, where that is not done."""
-        if self.files.policy.exists():
+        if self.found_file.exists():
             return
         search = self.search
-        if search.step < search.config.steps:
-            note(
-                f"share: {self.encoder.name}, {len(search.supermodel.operators)} operators, "
-                f"{len(self.tasks)} tasks, {search.config.steps} steps on {self.device}"
-            )
-            with self.timed("operators") as add_time:
-                search.run(self.files.folder, self.files.checkpoint("operators"), add_time)
-        for alarm in search.alarms():
-            note(f"share: warning: {alarm}")
+        self.run_search(search, f"{len(search.supermodel.operators)} operators")
         with self.timed("derive"):
             ranked = rank_policies(
                 search,
@@ -250,16 +239,14 @@ class ShareRun(SharingRun):
             ],
             "alarms": search.alarms(),
         }
-        write_json(self.files.policy, described | {"search": held})
-        shares = ", ".join(f"{name} {share:.0%}" for name, share in policy.shares().items())
-        note(f"share: {shares}, best of {len(ranked)} policies")
+        write_json(self.found_file, described | {"search": held})
+        note(f"share: {policy}, best of {len(ranked)} policies")
 
     def found_plan(self) -> Plan:
         """The ranked policy's network, with fresh weights."""
-        policy = Policy.from_json(read_json(self.files.policy))
-        shares = ", ".join(f"{name} {share:.0%}" for name, share in policy.shares().items())
+        policy = Policy.from_json(read_json(self.found_file))
         return Plan(
-            what=f"operators: {shares}",
+            what=f"operators: {policy}",
             build=partial(self._build, policy),
             identity=policy.to_json(),
             lr_scales=policy_learning_rates(policy),
@@ -277,9 +264,3 @@ class ShareRun(SharingRun):
             policy,
             self.config.backbone.operator_types,
         )
-
-    def search_figures(self) -> dict[str, Any]:
-        """lambda_reg, time and alarms."""
-        held = read_json(self.files.policy)["search"]
-        seconds = sum(self.seconds.get(stage, 0.0) for stage in ("operators", "derive"))
-        return {**held, "seconds": seconds}

@@ -34,6 +34,7 @@ from oneshot_ednas.sharing.costs import BranchCosts, latency_costs, mac_costs
 from oneshot_ednas.sharing.operators import (
     OperatorNetwork,
 )
+from oneshot_ednas.sharing.resumable import ResumableSearch
 from oneshot_ednas.store import load_checkpoint, write_json
 from oneshot_ednas.tasks import lower_is_better
 from oneshot_ednas.training import Metrics, derived_seed, evaluate, note, numpy_generator
@@ -61,7 +62,9 @@ class Plan:
 class SharingRun(RunFolder[TaskSharingConfig], ABC):
     """What the runs of both methods share: a backbone, baselines, trainings and their scores."""
 
+    command: str
     method: str
+    """Also the stage of the search, in the log and in checkpoints."""
     found: str
     """Name of the network that the search found."""
 
@@ -134,9 +137,33 @@ class SharingRun(RunFolder[TaskSharingConfig], ABC):
     def found_plan(self) -> Plan:
         """The network that the search found."""
 
+    @property
     @abstractmethod
+    def found_file(self) -> Path:
+        """What the search found; it holds its figures, too. A run that has it takes it for done."""
+
+    def run_search(self, search: ResumableSearch, size: str) -> None:
+        """Take the steps that are left, and tell what looks wrong.
+
+        Args:
+            search: the search.
+            size: of what is searched, in words.
+        """
+        if search.step < search.config.steps:
+            note(
+                f"{self.command}: {self.encoder.name}, {size}, {len(self.tasks)} tasks, "
+                f"{search.config.steps} steps on {self.device}"
+            )
+            with self.timed(self.method) as add_time:
+                search.run(self.files.folder, self.files.checkpoint(self.method), add_time)
+        for alarm in search.alarms():
+            note(f"{self.command}: warning: {alarm}")
+
     def search_figures(self) -> dict[str, Any]:
-        """What the results tell of the search."""
+        """What the results tell of the search: cost, lambda, time, alarms."""
+        held = read_json(self.found_file)["search"]
+        seconds = sum(self.seconds.get(stage, 0.0) for stage in (self.method, "derive"))
+        return {**held, "seconds": seconds}
 
     def open(self, *, resume: bool) -> None:
         """Start the run folder, or go on with it.

@@ -92,6 +92,10 @@ class Policy:
         taken = [choice for row in self.choices for choice in row]
         return {name: taken.count(index) / len(taken) for index, name in enumerate(CHOICES)}
 
+    def __str__(self) -> str:
+        """For example `shared 63%, own 32%, skip 5%`."""
+        return ", ".join(f"{name} {share:.0%}" for name, share in self.shares().items())
+
     def to_json(self) -> dict[str, Any]:
         """Names and, per task and operator, the choice as a word."""
         return {

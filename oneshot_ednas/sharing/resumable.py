@@ -70,6 +70,10 @@ class ResumableSearch(ABC):
     def logits(self) -> dict[str, Tensor]:
         """What to log as histograms, by name."""
 
+    @abstractmethod
+    def alarms(self) -> list[str]:
+        """What looks wrong with the search, in words; empty if nothing does."""
+
     def state_dict(self) -> dict[str, Any]:
         """All state that later steps depend on."""
         return {
