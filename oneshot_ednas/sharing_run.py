@@ -90,7 +90,7 @@ class SharingRun(RunFolder[TaskSharingConfig], ABC):
             self.table.check_calibrated(allowed=config.latency.allow_uncalibrated)
             self.latencies = latency_costs(self.encoder.space, self.table, self.out_channels)
         self._check_search()
-        split_seed = getattr(self.search_config, "split_seed", None)
+        split_seed = self.search_config.split_seed
         self.frames = Frames.load(
             config.data,
             self.tasks,

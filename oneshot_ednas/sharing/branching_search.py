@@ -85,6 +85,8 @@ class BranchingConfig:
         default_factory=lambda: {"weights": 0.65, "alpha": 0.2, "validation": 0.15}
     )
     """Shares of the training set for `weights`, `alpha` and `validation`."""
+    split_seed: int | None = None
+    """Seed of these splits; null is that of the run."""
     loop: LoopConfig = LoopConfig()
 
     def __post_init__(self) -> None:
