@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from oneshot_ednas.schema import nearest, read_json
+from oneshot_ednas.store import write_text
 
 FORMAT = 1
 _SHORT_BLOCK = re.compile(r"([if])(\d+)e(\d+)c(\d+)")
@@ -80,7 +81,7 @@ class Architecture:
 
     def save(self, path: str | Path) -> None:
         """Write the JSON form to a file."""
-        Path(path).write_text(self.to_text(), encoding="utf-8")
+        write_text(Path(path), self.to_text())
 
     @classmethod
     def load(cls, path: str | Path) -> "Architecture":

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from oneshot_ednas.architecture import Architecture
+from oneshot_ednas.checkpoint import load_checkpoint
 from oneshot_ednas.config import ExperimentConfig, load_config
 from oneshot_ednas.data.packed import PackedSplit
 from oneshot_ednas.deploy import deploy, file_digest
@@ -35,7 +36,7 @@ from oneshot_ednas.retrain import retrain
 from oneshot_ednas.run_folder import Experiment, RunFiles, versions
 from oneshot_ednas.schema import read_json
 from oneshot_ednas.search import OneShotSearch, resume_search
-from oneshot_ednas.store import load_checkpoint, write_json, write_text
+from oneshot_ednas.store import write_json, write_text
 from oneshot_ednas.training import (
     Interrupted,
     Metrics,

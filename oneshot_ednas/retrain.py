@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from oneshot_ednas.architecture import Architecture
 from oneshot_ednas.balancing import FIXED, BalancingConfig
+from oneshot_ednas.checkpoint import load_checkpoint, save_checkpoint
 from oneshot_ednas.data.packed import PackedSplit
 from oneshot_ednas.data.transforms import AugmentConfig
 from oneshot_ednas.models.network import Network, build_network, recalibrate_bn
 from oneshot_ednas.space import SearchSpace
-from oneshot_ednas.store import load_checkpoint, save_checkpoint
 from oneshot_ednas.tasks import Task
 from oneshot_ednas.training import (
     LoopConfig,

@@ -29,7 +29,7 @@ from oneshot_ednas.reward import reward
 from oneshot_ednas.schema import dump_yaml, find_file, load_yaml, read_json
 from oneshot_ednas.search import check_target
 from oneshot_ednas.space import SearchSpace, named_space
-from oneshot_ednas.store import write_json, write_text
+from oneshot_ednas.store import LOCK, PARTIAL, lock_folder, remove_partials, write_json, write_text
 from oneshot_ednas.tasks import Task, make_tasks
 from oneshot_ednas.training import Metrics, accuracy_of, choose_device, numpy_generator
 from oneshot_ednas.trial import StandAloneTrainer
@@ -150,13 +150,14 @@ class RunFolder(Generic[C]):
         self.out_channels = {name: task.out_channels for name, task in self.tasks.items()}
 
     def open(self, *, resume: bool) -> None:
-        """Start the run folder, or go on with it.
+        """Start the run folder, or go on with it; it is this process's until the run is gone.
 
         Raises:
             ValueError: if the folder holds another config, other contents or another data order,
-                something else than a run, or this run and `resume` was not asked for.
+                something else than a run, or this run and `resume` was not asked for; or if another
+                process works in it.
         """
-        files = self.files
+        files, contents = self.files, self._contents
         if files.config.exists():
             difference = first_difference(
                 what_defines(self._held_config()), what_defines(self.config)
@@ -168,15 +169,22 @@ class RunFolder(Generic[C]):
                 )
             if not resume:
                 raise ValueError(f"{files.folder} already holds this run; go on with --resume")
-        elif files.folder.exists() and any(files.folder.iterdir()):
-            raise ValueError(f"{files.folder} is not empty and holds no run; choose another --out")
-        contents = self._contents
-        for path, (what, text) in contents.items():
-            if path != files.config and path.exists() and self._held(path) != text:
+            for path, (what, text) in contents.items():
+                if path != files.config and path.exists() and self._held(path) != text:
+                    raise ValueError(
+                        f"the {what} has changed since the run began (it is no longer that of "
+                        f"{path}); restore it, or start anew with another --out"
+                    )
+        elif files.folder.exists():
+            # A run that was cut before its config was written has no steps behind it.
+            known = {LOCK, *(path.name for path in contents)}
+            found = [path for path in files.folder.iterdir() if path.suffix != PARTIAL]
+            if not known.issuperset(path.name for path in found):
                 raise ValueError(
-                    f"the {what} has changed since the run began (it is no longer that of {path}); "
-                    f"restore it, or start anew with another --out"
+                    f"{files.folder} is not empty and holds no run; choose another --out"
                 )
+        self._lock = lock_folder(files.folder)
+        remove_partials(files.folder)
         for path, (_, text) in contents.items():
             write_text(path, text)
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from oneshot_ednas.architecture import Architecture
 from oneshot_ednas.balancing import FIXED, BalancingConfig
+from oneshot_ednas.checkpoint import load_checkpoint, save_checkpoint
 from oneshot_ednas.data.packed import PackedSplit
 from oneshot_ednas.data.transforms import AugmentConfig
 from oneshot_ednas.latency.expected import expected_latency
@@ -33,7 +34,6 @@ from oneshot_ednas.relaxation import (
     largest_gates,
 )
 from oneshot_ednas.space import SearchSpace
-from oneshot_ednas.store import load_checkpoint, save_checkpoint
 from oneshot_ednas.tasks import Task
 from oneshot_ednas.training import (
     LoopConfig,

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from oneshot_ednas.checkpoint import load_checkpoint
 from oneshot_ednas.config import TaskSharingConfig
 from oneshot_ednas.deploy import deploy
 from oneshot_ednas.latency.table import LatencyTable
@@ -35,7 +36,7 @@ from oneshot_ednas.sharing.operators import (
     OperatorNetwork,
 )
 from oneshot_ednas.sharing.resumable import ResumableSearch
-from oneshot_ednas.store import load_checkpoint, write_json
+from oneshot_ednas.store import write_json
 from oneshot_ednas.tasks import lower_is_better
 from oneshot_ednas.training import Metrics, derived_seed, evaluate, note, numpy_generator
 

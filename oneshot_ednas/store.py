@@ -1,48 +1,163 @@
-"""Files that must last: written whole or not at all, and checked when read.
+"""Files that must last: written whole or not at all, read back, and found after a power cut.
 
-Checkpoints are one safetensors file each: tensors as they are, everything else as JSON in its
-header, with a SHA-256 over the tensors. No pickle.
+Whatever the package keeps goes through here, but the trials (SQLite has a journal of its own). A
+file is written under another name, synced, read back and compared by its SHA-256, and then put in
+its place in one step; the folder is synced last. So at every moment each name stands for a whole
+file, the old or the new one. docs/durability.md says what that gives on which file systems.
 """
 
+import errno
 import hashlib
 import json
 import os
+import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as save_tensors
-from torch import Tensor
+from filelock import FileLock, Timeout
 
-FORMAT = 1
 T = TypeVar("T")
 
+PARTIAL = ".partial"
+"""What the names of unfinished files and folders end in."""
+LOCK = ".lock"
+"""File of a folder that is locked while a process works in it."""
+RETRY_SECONDS = (0.1, 1.0, 5.0)
+"""Waits before a failed write is tried again."""
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Replace a file by new content, atomically: readers see the old or the new, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+_TRANSIENT = {
+    errno.EAGAIN,
+    errno.EBUSY,
+    errno.EDQUOT,
+    errno.EINTR,
+    errno.EIO,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.ENOSPC,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+}
+"""Errors that may pass by themselves."""
+_CURES = {
+    errno.EACCES: "see that the folder can be written",
+    errno.EDQUOT: "make room in your quota",
+    errno.EIO: "check the disk",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "raise the limit of open files",
+    errno.ENOSPC: "make room on the disk",
+    errno.EPERM: "see that the folder can be written",
+    errno.EROFS: "mount the file system writable",
+    errno.EXDEV: "see that the file is no mount of its own",
+}
+_NO_LINKS = {errno.EMLINK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM, errno.EXDEV}
+"""What file systems without hard links answer."""
+_NO_FOLDER_SYNC = {errno.EBADF, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
+"""What file systems that cannot sync a folder answer."""
+
+
+# Whole files --------------------------------------------------------------------------------
+
+
+def write_bytes(path: Path, data: bytes, *, previous: Path | None = None) -> None:
+    """Replace a file by new content: readers, and what a crash leaves, have the old or the new.
+
+    What failed and may pass, such as a full disk, is tried again for some seconds.
+
+    Args:
+        path: the file; its folder is made where it is missing.
+        data: the content.
+        previous: where to keep the file that is there now.
+
+    Raises:
+        OSError: if it could not be written and read back; what was there stays as it was.
+    """
+    for wait in (*RETRY_SECONDS, None):
+        try:
+            _write(path, data, previous)
+        except OSError as error:
+            if wait is None or error.errno not in _TRANSIENT:
+                raise _not_written(path, error) from None
+            time.sleep(wait)
+        else:
+            return
+
+
+def _write(path: Path, data: bytes, previous: Path | None) -> None:
+    make_folder(path.parent)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
     try:
-        # mkstemp makes private files; what lasts gets the permissions of any other new file.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.fchmod(handle, 0o666 & ~umask)
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            # mkstemp makes private files; what lasts gets the permissions of any other new file.
+            os.fchmod(handle, 0o666 & ~_umask())
+            view = memoryview(data)
+            while view:
+                view = view[os.write(handle, view) :]
+            os.fsync(handle)
+            _drop_cached(handle)
+        finally:
+            os.close(handle)
+        _check_written(Path(temporary), data)
+        if previous is not None and path.exists():
+            _keep(path, previous)
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
+    sync_folder(path.parent)
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
+
+
+def _drop_cached(handle: int) -> None:
+    """Let the check read what the disk holds, where the system can be told so."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _check_written(path: Path, data: bytes) -> None:
+    with path.open("rb") as file:
+        held = hashlib.file_digest(file, "sha256")
+    if held.digest() != hashlib.sha256(data).digest():
+        raise OSError(errno.EIO, "what was read back is not what was written")
+
+
+def _keep(path: Path, previous: Path) -> None:
+    """Give a file a second name, which another file may have had."""
+    handle, temporary = tempfile.mkstemp(
+        dir=path.parent, prefix=f".{previous.name}.", suffix=PARTIAL
+    )
+    os.close(handle)
     try:
-        os.fsync(folder)
+        os.unlink(temporary)  # a link must be new
+        try:
+            os.link(path, temporary)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            shutil.copyfile(path, temporary)
+            sync_file(Path(temporary))
+        os.replace(temporary, previous)
     finally:
-        os.close(folder)
+        # Where both names were those of one file already, replacing does nothing.
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _not_written(path: Path, error: OSError) -> OSError:
+    reason = error.strerror or str(error)
+    cure = _CURES.get(error.errno or 0, "see that it can be written")
+    return OSError(
+        error.errno,
+        f"{reason}; not written, what was there before is kept; {cure}, then go on",
+        str(path),
+    )
 
 
 def write_text(path: Path, text: str) -> None:
@@ -55,22 +170,47 @@ def write_json(path: Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+# Logs ---------------------------------------------------------------------------------------
+
+
+def append_text(path: Path, text: str, *, is_synced: bool = False) -> None:
+    """Add to a file.
+
+    Args:
+        path: the file; it and its folder are made where they are missing.
+        text: what to add.
+        is_synced: outlast a power cut from now on; without it, from the next `sync_file` on.
+
+    Raises:
+        OSError: if it could not be written.
+    """
+    try:
+        make_folder(path.parent)
+        is_new = not path.exists()
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            if is_synced:
+                os.fsync(file.fileno())
+        if is_new:
+            sync_folder(path.parent)
+    except OSError as error:
+        raise _not_written(path, error) from None
+
+
 def append_json_line(path: Path, row: object) -> None:
     """Add a line to a file of JSON lines; what a crash left of a line is cut off first.
 
     Raises:
         ValueError: for a non-finite number, as of `write_json`.
+        OSError: if it could not be written.
     """
     line = json.dumps(row, allow_nan=False) + "\n"
     if path.exists():
         held = path.read_bytes()
         if held and not held.endswith(b"\n"):
             write_bytes(path, held[: held.rfind(b"\n") + 1])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(line)
-        file.flush()
-        os.fsync(file.fileno())
+    append_text(path, line, is_synced=True)
 
 
 def read_json_lines(path: Path, read: Callable[[Any], T]) -> list[T]:
@@ -90,106 +230,71 @@ def read_json_lines(path: Path, read: Callable[[Any], T]) -> list[T]:
     for number, line in enumerate(text.split("\n")[:-1], start=1):
         try:
             rows.append(read(json.loads(line)))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path}:{number}: damaged: {error!r}; delete that line") from None
     return rows
 
 
-def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
-    """Write a nested state of tensors, numbers, text, lists and dicts; keep the one before.
-
-    The file that was there is kept beside it as `<name>.previous.safetensors`.
-    """
-    tensors: dict[str, Tensor] = {}
-    tree = _pack(state, "", tensors)
-    header = {
-        "format": str(FORMAT),
-        "state": json.dumps(tree),
-        "sha256": _digest(tensors, tree),
-    }
-    data = save_tensors(tensors, metadata=header)
-    if path.exists():
-        # A copy: at no moment is there no whole checkpoint under its own name.
-        write_bytes(previous_checkpoint(path), path.read_bytes())
-    write_bytes(path, data)
+# Folders ------------------------------------------------------------------------------------
 
 
-def previous_checkpoint(path: Path) -> Path:
-    """Where the checkpoint before the newest one is kept."""
-    return path.with_suffix(f".previous{path.suffix}")
+def make_folder(folder: Path) -> None:
+    """Make a folder, with those above it, that outlasts a power cut."""
+    if folder.is_dir():
+        return
+    if folder.parent != folder:
+        make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    sync_folder(folder.parent)
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read what `save_checkpoint` wrote, on the CPU.
+def sync_file(path: Path) -> None:
+    """What was added to a file outlasts a power cut."""
+    handle = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_folder(folder: Path) -> None:
+    """New names in a folder outlast a power cut, where the file system can do that."""
+    if os.name == "nt":  # Windows has no handle of a folder to sync
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise
+    finally:
+        os.close(handle)
+
+
+def remove_partials(folder: Path) -> None:
+    """Remove what killed processes left unfinished; no other process may be writing there."""
+    for path in folder.rglob(f".*{PARTIAL}"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def lock_folder(folder: Path) -> FileLock:
+    """Lock a folder for this process, until the lock is let go or the process ends.
+
+    Asking again in the same process gives the same lock.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is damaged or of another format; the message says what to do.
+        ValueError: if another process has it.
+        OSError: if the folder cannot be written.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint {path}")
+    make_folder(folder)
+    lock = FileLock(folder / LOCK, timeout=0, thread_local=False, is_singleton=True)
     try:
-        with safe_open(str(path), framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        tree = json.loads(header["state"])
-        stored = header["sha256"]
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
-        raise ValueError(_damaged(path, str(error))) from None
-    if header.get("format") != str(FORMAT):
+        lock.acquire()
+    except Timeout:
         raise ValueError(
-            f"{path}: expected checkpoint format {FORMAT}, got {header.get('format')}; "
-            f"another version of oneshot_ednas wrote it"
-        )
-    if _digest(tensors, tree) != stored:
-        raise ValueError(_damaged(path, "its SHA-256 does not match"))
-    result = _unpack(tree, tensors)
-    assert isinstance(result, dict)
-    return result
-
-
-def _damaged(path: Path, reason: str) -> str:
-    previous = previous_checkpoint(path)
-    cure = (
-        f"move {previous} over it to go on from the checkpoint before"
-        if previous.exists()
-        else "delete it to start this stage anew"
-    )
-    return f"{path}: the checkpoint is damaged ({reason}); {cure}"
-
-
-def _digest(tensors: Mapping[str, Tensor], tree: object) -> str:
-    digest = hashlib.sha256(json.dumps(tree).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """JSON tree of a state; tensors go to `tensors` and leave their name."""
-    if isinstance(value, Tensor):
-        # A clone, since safetensors refuses tensors that share memory.
-        key = f"{len(tensors)}{name}"  # the number keeps {1: ...} and {"1": ...} apart
-        tensors[key] = value.detach().cpu().contiguous().clone()
-        return {"tensor": key}
-    if isinstance(value, Mapping):
-        # Optimizers key their state by whole numbers, which JSON would turn into text.
-        pairs = [[key, _pack(item, f"{name}/{key}", tensors)] for key, item in value.items()]
-        return {"dict": pairs}
-    if isinstance(value, (list, tuple)):
-        return [_pack(item, f"{name}/{i}", tensors) for i, item in enumerate(value)]
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    raise TypeError(f"checkpoint entry {name} is of type {type(value).__name__}")
-
-
-def _unpack(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
-    if isinstance(tree, dict):
-        if "tensor" in tree:
-            return tensors[tree["tensor"]]
-        return {key: _unpack(item, tensors) for key, item in tree["dict"]}
-    if isinstance(tree, list):
-        return [_unpack(item, tensors) for item in tree]
-    return tree
+            f"another process works on {folder}; wait for it or stop it, or choose another --out"
+        ) from None
+    return lock

@@ -27,7 +27,7 @@ from oneshot_ednas.data.packed import PackedSplit, batch_indices
 from oneshot_ednas.data.transforms import AugmentConfig, augment
 from oneshot_ednas.progress import terminal_progress
 from oneshot_ednas.reward import accuracy_product
-from oneshot_ednas.store import write_text
+from oneshot_ednas.store import append_text, sync_file, write_text
 from oneshot_ednas.tasks import Task, lower_is_better
 
 Batch = dict[str, Tensor]
@@ -350,15 +350,20 @@ class StageLog:
         self.seconds = time.perf_counter() - self._began
         self._progress.stop()
         self._writer.close()
+        self.sync()
 
     def scalars(self, step: int, values: Mapping[str, float | Tensor]) -> None:
         """Write numbers of a step; `group/name` keys group in TensorBoard."""
         numbers = {name: float(value) for name, value in values.items()}
         line = json.dumps({"stage": self.stage, "step": step, **numbers})
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        append_text(self._path, line + "\n")
         for name, number in numbers.items():
             self._writer.add_scalar(name, number, step)
+
+    def sync(self) -> None:
+        """What was logged so far outlasts a power cut; a checkpoint is never ahead of its log."""
+        if self._path.exists():
+            sync_file(self._path)
 
     def histogram(self, step: int, name: str, values: Tensor) -> None:
         """Write a histogram to TensorBoard."""
@@ -392,8 +397,7 @@ def take_in_log(folder: Path, part: Path, stage: str) -> None:
     lines = lines[: lines.rfind("\n") + 1]
     if lines:
         _drop_lines_from(folder / "metrics.jsonl", stage, json.loads(lines.splitlines()[0])["step"])
-        with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(lines)
+        append_text(folder / "metrics.jsonl", lines, is_synced=True)
     logged.unlink()
 
 
@@ -449,6 +453,7 @@ def run_steps(
             # Read once: a signal between two readings would stop without a checkpoint.
             is_asked_to_stop = stop.is_set
             if done % config.checkpoint_every == 0 or done == log.total or is_asked_to_stop:
+                log.sync()
                 save(done)
             if is_asked_to_stop:
                 raise Interrupted(f"stopped after step {done} of {log.total} in {log.stage}")

@@ -1,6 +1,7 @@
 """Balancing of tasks: known optima, NumPy references, laws of the weights, exact resumption."""
 
 import copy
+import json
 import math
 from pathlib import Path
 
@@ -19,10 +20,10 @@ from oneshot_ednas.balancing import (
     dynamic_weights,
     uncertainty_loss,
 )
+from oneshot_ednas.checkpoint import load_checkpoint, save_checkpoint
 from oneshot_ednas.config import load_config
 from oneshot_ednas.data.transforms import AugmentConfig
 from oneshot_ednas.retrain import RetrainConfig, StandAloneTraining
-from oneshot_ednas.store import load_checkpoint, save_checkpoint
 from oneshot_ednas.tasks import TaskConfig, make_tasks
 from oneshot_ednas.training import OptimizerConfig, evaluate
 from oneshot_ednas.trial import StandAloneTrainer
@@ -71,7 +72,7 @@ def weights_of(network) -> list[torch.Tensor]:
 def digest(checkpoint: Path) -> str:
     """Over every tensor and number of a checkpoint."""
     with safe_open(str(checkpoint), framework="pt") as file:
-        return file.metadata()["sha256"]
+        return json.loads(file.metadata()["checkpoint"])["sha256"]
 
 
 def equal(one, other) -> bool:

@@ -9,6 +9,7 @@ import torch
 from tiny import CPU, FAST
 
 from oneshot_ednas.balancing import BalancingConfig
+from oneshot_ednas.checkpoint import load_checkpoint, save_checkpoint
 from oneshot_ednas.data.transforms import AugmentConfig
 from oneshot_ednas.models.encoder import ednas_encoder
 from oneshot_ednas.relaxation import one_hot_gates
@@ -18,7 +19,6 @@ from oneshot_ednas.sharing.branching_parameters import BranchingParameters
 from oneshot_ednas.sharing.branching_search import BranchingConfig, BranchingSearch, mixed_macs
 from oneshot_ednas.sharing.costs import latency_costs, mac_costs
 from oneshot_ednas.space import SearchSpace
-from oneshot_ednas.store import load_checkpoint, save_checkpoint
 from oneshot_ednas.training import LoopConfig, OptimizerConfig, training_macs
 
 MINI = SearchSpace.from_yaml(

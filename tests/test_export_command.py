@@ -10,11 +10,11 @@ import pytest
 from test_cli import call, good, refused
 
 from oneshot_ednas.architecture import Architecture
+from oneshot_ednas.checkpoint import load_checkpoint
 from oneshot_ednas.export import read_contents
 from oneshot_ednas.export.runtime import TfliteNetwork
 from oneshot_ednas.run_folder import RunFiles
 from oneshot_ednas.schema import read_json
-from oneshot_ednas.store import load_checkpoint
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from tiny import CPU, FAST
 
 from oneshot_ednas import ednas_tiny
 from oneshot_ednas.balancing import BalancingConfig
+from oneshot_ednas.checkpoint import load_checkpoint
 from oneshot_ednas.data.transforms import AugmentConfig
 from oneshot_ednas.models.encoder import Chain, ednas_encoder
 from oneshot_ednas.relaxation import TemperatureConfig
@@ -23,7 +24,6 @@ from oneshot_ednas.sharing.operator_search import (
 )
 from oneshot_ednas.sharing.operators import EDNAS_OPERATORS
 from oneshot_ednas.sharing.policy import SHARED, Policy
-from oneshot_ednas.store import load_checkpoint
 from oneshot_ednas.training import Interrupted, LoopConfig, evaluate
 
 OFTEN = LoopConfig(log_every=1, checkpoint_every=1)

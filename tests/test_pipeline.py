@@ -14,6 +14,7 @@ from test_cli import call, figures, good
 from tiny import new_run, tiny_table
 
 from oneshot_ednas.architecture import Architecture
+from oneshot_ednas.checkpoint import load_checkpoint
 from oneshot_ednas.cli.runs import reopen
 from oneshot_ednas.config import ExperimentConfig, load_config
 from oneshot_ednas.data.source import DataConfig
@@ -27,7 +28,7 @@ from oneshot_ednas.retrain import RetrainConfig, retrain
 from oneshot_ednas.run_folder import Frames, RunFiles, RunFolder
 from oneshot_ednas.schema import load_yaml, read_json
 from oneshot_ednas.space import SearchSpace
-from oneshot_ednas.store import load_checkpoint, write_json
+from oneshot_ednas.store import write_json
 from oneshot_ednas.tasks import TaskConfig
 from oneshot_ednas.training import Interrupted, StageLog, derived_seed, take_in_log
 from oneshot_ednas.workers import open_workers

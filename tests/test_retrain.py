@@ -12,6 +12,7 @@ import torch
 from tiny import CPU, FAST
 from torch import nn
 
+from oneshot_ednas.checkpoint import load_checkpoint
 from oneshot_ednas.data.transforms import AugmentConfig
 from oneshot_ednas.models.network import Network, recalibrate_bn
 from oneshot_ednas.retrain import (
@@ -21,7 +22,6 @@ from oneshot_ednas.retrain import (
     retrain,
     train_to_end,
 )
-from oneshot_ednas.store import load_checkpoint
 from oneshot_ednas.training import Interrupted, LoopConfig, OptimizerConfig, calibration_images
 
 SETTINGS = {

@@ -12,6 +12,7 @@ import torch
 from tiny import CPU, FAST, SIZE, TARGET_MS
 
 from oneshot_ednas.balancing import BalancingConfig
+from oneshot_ednas.checkpoint import load_checkpoint, previous_checkpoint, save_checkpoint
 from oneshot_ednas.config import load_config
 from oneshot_ednas.data.order import split_indices
 from oneshot_ednas.latency.operations import network_macs, relaxed_macs
@@ -24,7 +25,6 @@ from oneshot_ednas.search import (
     check_target,
     resume_search,
 )
-from oneshot_ednas.store import load_checkpoint, previous_checkpoint, save_checkpoint
 from oneshot_ednas.training import Interrupted, LoopConfig, task_losses, weighted_sum
 
 OFTEN = LoopConfig(log_every=1, checkpoint_every=1)

@@ -13,6 +13,7 @@ from test_cli import good, refused
 from tiny import CPU, SIZE, new_run, write_project
 
 from oneshot_ednas.architecture import Architecture
+from oneshot_ednas.checkpoint import load_checkpoint
 from oneshot_ednas.config import TaskSharingConfig, load_config
 from oneshot_ednas.data.source import load_data
 from oneshot_ednas.latency.operations import network_io_bytes, network_macs, network_operations
@@ -33,7 +34,7 @@ from oneshot_ednas.sharing.policy import OWN, Policy
 from oneshot_ednas.sharing_methods import BranchRun, ShareRun
 from oneshot_ednas.sharing_run import SharingRun
 from oneshot_ednas.space import SearchSpace
-from oneshot_ednas.store import load_checkpoint, write_json
+from oneshot_ednas.store import write_json
 from oneshot_ednas.tasks import lower_is_better, make_tasks
 from oneshot_ednas.training import evaluate
 
@@ -159,6 +160,7 @@ def no_report(monkeypatch, no_export):
 def test_a_run_folder_holds_everything(finished, kind, sharing_project):
     names = {path.name for path in finished.iterdir()}
     assert names == {
+        ".lock",
         "config.yaml",
         "method.json",
         "space.yaml",

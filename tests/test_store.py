@@ -10,16 +10,15 @@ import torch
 from conftest import OUT_CHANNELS, random_alpha
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import save as save_tensors
 
+from oneshot_ednas.checkpoint import load_checkpoint, previous_checkpoint, save_checkpoint
 from oneshot_ednas.models.network import build_network
 from oneshot_ednas.schema import read_json
 from oneshot_ednas.store import (
     append_json_line,
-    load_checkpoint,
-    previous_checkpoint,
     read_json_lines,
-    save_checkpoint,
     write_bytes,
     write_json,
     write_text,
@@ -302,30 +301,74 @@ def test_every_truncation_is_noticed(tmp_path):
             load_checkpoint(path)
 
 
+def flip_last_byte(path):
+    damaged = bytearray(path.read_bytes())
+    damaged[-1] ^= 1
+    path.write_bytes(damaged)
+
+
 def test_the_message_on_damage_says_what_to_do(tmp_path):
     path = tmp_path / "a.safetensors"
     save_checkpoint(path, STATE)
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match=r"a\.safetensors: .*; delete it to start this stage anew"):
         load_checkpoint(path)
-    path.unlink()
-    for _ in range(2):
-        save_checkpoint(path, STATE)
-    damaged = bytearray(path.read_bytes())
-    damaged[-1] ^= 1
-    path.write_bytes(damaged)
-    cure = r"\(its SHA-256 does not match\); move .*a\.previous\.safetensors over it to go on"
-    with pytest.raises(ValueError, match=cure):
+
+
+def test_a_damaged_checkpoint_gives_the_one_before_and_says_so(tmp_path):
+    path = tmp_path / "a.safetensors"
+    for step in (1, 2):
+        save_checkpoint(path, {**STATE, "step": step})
+    flip_last_byte(path)
+    with pytest.warns(UserWarning, match=r"SHA-256 does not match\); going on from the one before"):
+        assert_equal_state(load_checkpoint(path), {**STATE, "step": 1})
+    flip_last_byte(previous_checkpoint(path))
+    with pytest.raises(ValueError, match=r"damaged .*previous\.safetensors; delete both to start"):
         load_checkpoint(path)
-    previous_checkpoint(path).replace(path)
+
+
+def test_a_damaged_checkpoint_does_not_take_the_place_of_the_one_before(tmp_path):
+    path = tmp_path / "a.safetensors"
+    for step in (1, 2):
+        save_checkpoint(path, {**STATE, "step": step})
+    flip_last_byte(path)
+    save_checkpoint(path, {**STATE, "step": 3})
+    assert load_checkpoint(path)["step"] == 3
+    assert load_checkpoint(previous_checkpoint(path))["step"] == 1
+
+
+def test_the_last_two_checkpoints_are_kept(tmp_path):
+    path = tmp_path / "a.safetensors"
+    for step in range(4):
+        save_checkpoint(path, {**STATE, "step": step})
+        assert load_checkpoint(path)["step"] == step
+        if step:
+            assert load_checkpoint(previous_checkpoint(path))["step"] == step - 1
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_checkpoint_of_format_1_is_read(tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_checkpoint(path, STATE)
+    with safe_open(str(path), framework="pt") as file:
+        header = json.loads(file.metadata()["checkpoint"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    old = {"format": "1", "sha256": header["sha256"], "state": json.dumps(header["state"])}
+    path.write_bytes(save_tensors(tensors, metadata=old))
     assert_equal_state(load_checkpoint(path), STATE)
+
+
+def test_equal_states_give_equal_files(tmp_path):
+    for name in ("a", "b"):
+        save_checkpoint(tmp_path / f"{name}.safetensors", STATE)
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
 
 
 def test_another_format_and_other_safetensors_are_refused(tmp_path):
     path = tmp_path / "a.safetensors"
     header = {"format": "9", "state": json.dumps({"dict": []}), "sha256": "0"}
     path.write_bytes(save_tensors({}, metadata=header))
-    with pytest.raises(ValueError, match="expected checkpoint format 1, got 9; another version"):
+    with pytest.raises(ValueError, match="expected checkpoint format 1 to 2, got 9; another"):
         load_checkpoint(path)
     path.write_bytes(save_tensors({"x": torch.zeros(1)}))
     with pytest.raises(ValueError, match="the checkpoint is damaged"):

@@ -29,7 +29,7 @@ from oneshot_ednas.export.graph import trace
 from oneshot_ednas.latency.operations import Operation, Size, distinct_operations
 from oneshot_ednas.models.network import build_network, recalibrate_bn
 from oneshot_ednas.space import SearchSpace
-from oneshot_ednas.store import write_json
+from oneshot_ednas.store import PARTIAL, sync_folder, write_json
 
 COPIES = (2, 8)
 """Copies of an operation in its two files. Not 1 in the smaller one: the first copy has no copy
@@ -110,7 +110,7 @@ def build_bundle(
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Built under another name, so that an interrupted build cannot be taken for a bundle.
-    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}")
+    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}{PARTIAL}")
     for part in ("operations", "networks"):
         (unfinished / part).mkdir(parents=True)
     try:
@@ -118,6 +118,7 @@ def build_bundle(
         bundle = builder.build(num_networks, copies, max_weight_bytes, progress)
         os.sync()  # once for thousands of files; then the name says that all are there
         os.replace(unfinished, folder)
+        sync_folder(folder.parent)
     except BaseException:
         shutil.rmtree(unfinished)
         raise

@@ -19,6 +19,7 @@ from oneshot_ednas.latency.costs import SpaceCosts, space_costs
 from oneshot_ednas.latency.operations import OPERATION_KINDS, Operation
 from oneshot_ednas.schema import dump_yaml, parse_yaml, read_text, to_plain
 from oneshot_ednas.space import SearchSpace
+from oneshot_ednas.store import write_text
 
 FORMAT = 1
 UNIT = "ms"
@@ -244,7 +245,7 @@ class LatencyTable:
 
     def save(self, path: str | Path) -> None:
         """Write the file."""
-        Path(path).write_text(self.to_text(), encoding="utf-8")
+        write_text(Path(path), self.to_text())
 
     def to_text(self) -> str:
         """The file's text."""

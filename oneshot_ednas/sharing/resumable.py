@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from oneshot_ednas.balancing import Balancing
+from oneshot_ednas.checkpoint import load_checkpoint, save_checkpoint
 from oneshot_ednas.data.packed import PackedSplit
 from oneshot_ednas.data.transforms import AugmentConfig
-from oneshot_ednas.store import load_checkpoint, save_checkpoint
 from oneshot_ednas.tasks import Task
 from oneshot_ednas.training import LoopConfig, StageLog, run_steps, training_batch
 
