@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from oneshot_ednas.guard import finite_or
 from oneshot_ednas.tasks import Task
 from oneshot_ednas.training import weighted_sum
 
@@ -221,8 +222,10 @@ class DynamicWeightAverage(Balancing):
     @torch.no_grad()
     def end_step(self, *losses: Mapping[str, Tensor]) -> None:
         """Add the mean over the networks; weigh anew at the end of an epoch."""
+        # A loss that is not finite belongs to a step that was skipped: the epoch's mean stays.
+        mean_so_far = self.sums / max(self.num_steps, 1)
         for of_network in losses:
-            self.sums += self._of_tasks(of_network) / len(losses)
+            self.sums += finite_or(self._of_tasks(of_network), mean_so_far) / len(losses)
         self.num_steps += 1
         if self.num_steps < self.epoch_steps:
             return

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -79,11 +78,12 @@ def gumbel_softmax(
     exponential = torch.empty(logits.shape).exponential_(generator=generator)
     # exponential_ may return 0 in float32, whose log is -inf; clamp to the smallest normal.
     tiny = torch.finfo(exponential.dtype).tiny
-    gumbel = -exponential.clamp_min(tiny).log().to(logits)
+    gumbel = -exponential.clamp_min(tiny).log()
+    gumbel = gumbel.to(logits.device, logits.dtype, non_blocking=True)
     soft = ((logits + gumbel) / temperature).softmax(-1)
     if not hard:
         return soft
-    one_hot = F.one_hot(soft.argmax(-1), soft.shape[-1]).to(soft)
+    one_hot = torch.zeros_like(soft).scatter_(-1, soft.argmax(-1, keepdim=True), 1)
     # The bracket is exactly zero, so the forward value is exactly one-hot.
     return one_hot + (soft - soft.detach())
 
@@ -194,9 +194,9 @@ class ArchitectureParameters(nn.Module):
 
 def largest_gates(space: SearchSpace, gates: Gates) -> Architecture:
     """The architecture of each choice's largest gate: the one that hard gates run."""
-    return space.decode(
-        [int(getattr(gates[choice.block - 1], choice.field).argmax()) for choice in space.choices]
-    )
+    largest = [getattr(gates[choice.block - 1], choice.field).argmax() for choice in space.choices]
+    # One transfer for all.
+    return space.decode(torch.stack(largest).tolist())
 
 
 def one_hot_gates(

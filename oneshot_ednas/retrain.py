@@ -15,6 +15,7 @@ from oneshot_ednas.balancing import FIXED, BalancingConfig
 from oneshot_ednas.checkpoint import load_checkpoint, save_checkpoint
 from oneshot_ednas.data.packed import PackedSplit
 from oneshot_ednas.data.transforms import AugmentConfig
+from oneshot_ednas.guard import StepGuard
 from oneshot_ednas.models.network import Network, build_network, recalibrate_bn
 from oneshot_ednas.space import SearchSpace
 from oneshot_ednas.tasks import Task
@@ -22,10 +23,10 @@ from oneshot_ednas.training import (
     LoopConfig,
     OptimizerConfig,
     ParameterGroup,
+    Precision,
     StageLog,
     calibration_images,
-    check_finite,
-    check_gradient,
+    forward,
     run_steps,
     task_losses,
     torch_generator,
@@ -47,6 +48,10 @@ class RetrainConfig:
     """The weights of the tasks' losses; those of trials, too."""
     calibration_batches: int = 16
     """Batches behind the final BN statistics, which a running average of few steps gets wrong."""
+    precision: Precision = "float32"
+    """Of the convolutions in training; networks are scored in float32."""
+    compile: bool = False
+    """Compile the network's training step with `torch.compile`; where that fails, go on without."""
     loop: LoopConfig = LoopConfig()
 
     def __post_init__(self) -> None:
@@ -107,15 +112,12 @@ class NetworkTraining:
             tasks, epoch_steps=len(split) // config.batch_size, device=device
         )
         self.balancing.add_to(self.optimizer)
+        self.guard = StepGuard(stage, max_skipped=config.loop.max_skipped)
         self.network.train()
 
     def take_step(self, step: int) -> dict[str, float | Tensor]:
-        """One step; returns numbers to log.
-
-        Raises:
-            RuntimeError: if a loss or the gradient is not finite.
-        """
-        config, where = self.config, f"{self.stage} step {step}"
+        """One step; returns numbers to log."""
+        config = self.config
         config.optimizer.apply(self.optimizer, step, config.steps)
         batch = training_batch(
             self.split,
@@ -127,13 +129,12 @@ class NetworkTraining:
             device=self.device,
         )
         self.optimizer.zero_grad(set_to_none=True)
-        losses = task_losses(self.tasks, self.network(batch["image"]), batch)
-        check_finite(losses, where=where, run=lambda: self.label)
+        outputs = forward(self.network, batch["image"], precision=config.precision)
+        losses = task_losses(self.tasks, outputs, batch)
         loss, balance = self.balancing.loss(losses), self.balancing.values()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), config.optimizer.max_norm)
-        check_gradient(norm, where=where, run=lambda: self.label)
-        self.optimizer.step()
+        self.guard.take(self.optimizer, norm, [losses], step=step, networks=[self.label])
         self.balancing.end_step(losses)
         values = {f"loss/{name}": value.detach() for name, value in losses.items()}
         return {"loss/weights": loss.detach(), **values, **balance}
@@ -155,6 +156,7 @@ class NetworkTraining:
             "stage": "retrain",
             "step": step,
             "seed": self.seed,
+            "num_skipped": self.guard.num_skipped,
             "architecture": self.identity,
             "network": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -179,6 +181,7 @@ class NetworkTraining:
         self.balancing.load_state_dict(state.get("balancing", FIXED))
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.guard.num_skipped = state.get("num_skipped", 0)
         return int(state["step"])
 
 
@@ -354,5 +357,5 @@ def train_to_end(
         )
 
     with StageLog(folder, training.stage, total=config.steps, start=start) as log:
-        run_steps(log, training.take_step, save, describe, config.loop)
+        run_steps(log, training.take_step, save, describe, config.loop, training.guard)
     return training.network

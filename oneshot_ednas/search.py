@@ -7,7 +7,7 @@ mu * relu(log(E[latency] / target)).
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from oneshot_ednas.balancing import FIXED, BalancingConfig
 from oneshot_ednas.checkpoint import load_checkpoint, save_checkpoint
 from oneshot_ednas.data.packed import PackedSplit
 from oneshot_ednas.data.transforms import AugmentConfig
+from oneshot_ednas.guard import Losses, Network, StepGuard, fused_adam
 from oneshot_ednas.latency.expected import expected_latency
 from oneshot_ednas.latency.operations import network_macs, relaxed_macs
 from oneshot_ednas.latency.table import LatencyTable
@@ -36,11 +37,12 @@ from oneshot_ednas.relaxation import (
 from oneshot_ednas.space import SearchSpace
 from oneshot_ednas.tasks import Task
 from oneshot_ednas.training import (
+    Batch,
     LoopConfig,
     OptimizerConfig,
+    Precision,
     StageLog,
-    check_finite,
-    check_gradient,
+    forward,
     numpy_generator,
     run_steps,
     task_losses,
@@ -123,6 +125,11 @@ class SearchConfig:
     be held against the same stand-alone trainings."""
     sharing: SharingConfig = SharingConfig()
     """What the options of a block share in the supernet."""
+    precision: Precision = "float32"
+    """Of the convolutions in weight and alpha steps; candidates are scored in float32."""
+    checkpoint_activations: bool = False
+    """Compute the activations inside a block again for the backward pass instead of keeping them:
+    less memory for one more forward pass."""
     loop: LoopConfig = LoopConfig()
 
     def __post_init__(self) -> None:
@@ -205,6 +212,7 @@ class OneShotSearch:
             torch.manual_seed(torch_generator(seed, "supernet").initial_seed())
             self.supernet = build_network(space, self.out_channels, sharing=config.sharing)
             self.supernet.to(device)
+        self.supernet.backbone.checkpoint_activations = config.checkpoint_activations
         self.alpha = ArchitectureParameters(space)
         self._option_index = self.alpha.index.clone()  # stays on the CPU, where options are counted
         self.alpha.to(device)
@@ -213,12 +221,16 @@ class OneShotSearch:
             tasks, epoch_steps=len(splits["weights"]) // config.batch_size, device=device
         )
         self.balancing.add_to(self.optimizer)
-        self.alpha_optimizer = torch.optim.Adam(
+        self.alpha_optimizer = fused_adam(
             self.alpha.parameters(),
-            lr=config.alpha_learning_rate,
+            learning_rate=config.alpha_learning_rate,
             weight_decay=config.alpha_weight_decay,
         )
-        self.mu = config.latency.weight if config.latency.schedule != "ramp" else 0.0
+        self.guard = StepGuard("search", max_skipped=config.loop.max_skipped)
+        # On the device, where the dual ascent moves it without a wait.
+        self.mu = torch.zeros((), device=device)
+        if config.latency.schedule != "ramp":
+            self.mu += config.latency.weight
         self.sampled = torch.zeros_like(self.alpha.logits, dtype=torch.long, device="cpu")
         """How often each option was trained."""
         self.collapsed: dict[str, int] = {}
@@ -238,7 +250,8 @@ class OneShotSearch:
             "stage": "search",
             "step": self.step,
             "seed": self.seed,
-            "mu": self.mu,
+            "mu": float(self.mu),
+            "num_skipped": self.guard.num_skipped,
             "macs": self.macs,
             "sampled": self.sampled,
             "collapsed": self.collapsed,
@@ -271,7 +284,8 @@ class OneShotSearch:
         self.balancing.load_state_dict(state.get("balancing", FIXED))
         self.optimizer.load_state_dict(state["optimizer"])
         self.alpha_optimizer.load_state_dict(state["alpha_optimizer"])
-        self.step, self.mu = state["step"], state["mu"]
+        self.step, self.mu = state["step"], self.mu.new_tensor(state["mu"])
+        self.guard.num_skipped = state.get("num_skipped", 0)
         self.sampled, self.collapsed = state["sampled"], state["collapsed"]
         self.macs = state.get("macs", math.nan)
         torch.set_rng_state(state["torch_random_state"])
@@ -323,6 +337,7 @@ class OneShotSearch:
                 save,
                 self._describe,
                 self.config.loop,
+                self.guard,
             )
 
     def _describe(self, values: Mapping[str, float]) -> str:
@@ -360,7 +375,7 @@ class OneShotSearch:
         total, logged = torch.zeros(()), dict[str, Tensor]()
         balance, trained = self.balancing.values(), list[dict[str, Tensor]]()
         for architecture in runs:
-            outputs = self.supernet(batch["image"], architecture)
+            outputs = self._forward(batch, architecture)
             if first is not None and self.config.distillation:
                 losses = {
                     name: task.distillation_loss(outputs[name], first[name])
@@ -368,7 +383,6 @@ class OneShotSearch:
                 }
             else:
                 losses = task_losses(self.tasks, outputs, batch)
-            check_finite(losses, where=f"search step {step}", run=partial(str, architecture))
             loss = self.balancing.loss(losses)
             (loss / len(runs)).backward()
             trained.append({name: value.detach() for name, value in losses.items()})
@@ -380,31 +394,34 @@ class OneShotSearch:
             self._spend(
                 network_macs(self.space, architecture, self._image_size, self.out_channels), batch
             )
-        self._weights_update(f"search step {step}", lambda: " and ".join(map(str, runs)))
+        self._weights_update(step, trained, runs)
         self.balancing.end_step(*trained)
         values: dict[str, float | Tensor] = {"loss/weights": total}
         values |= {f"loss/{name}": loss for name, loss in logged.items()}
         return values | balance
 
-    def _weights_update(self, where: str, run: Callable[[], object]) -> None:
+    def _forward(self, batch: Batch, run: Architecture | Gates) -> dict[str, Tensor]:
+        return forward(self.supernet, batch["image"], run, precision=self.config.precision)
+
+    def _weights_update(
+        self, step: int, losses: Sequence[Losses], networks: Sequence[Network], what: str = ""
+    ) -> None:
         norm = torch.nn.utils.clip_grad_norm_(
             self.supernet.parameters(), self.config.optimizer.max_norm
         )
-        check_gradient(norm, where=where, run=run)
-        self.optimizer.step()
+        self.guard.take(self.optimizer, norm, losses, step=step, networks=networks, what=what)
 
     def _alpha_step(self, step: int) -> dict[str, float | Tensor]:
         batch = self._batch("alpha", step)
         gates = self._gates(step)
         run = partial(largest_gates, self.space, gates)
-        losses = task_losses(self.tasks, self.supernet(batch["image"], gates), batch)
-        check_finite(losses, where=f"search step {step} (alpha)", run=run)
+        losses = task_losses(self.tasks, self._forward(batch, gates), batch)
         loss = weighted_sum(self.balancing.weights(), losses)
         # Gradients of alpha only: autograd leaves out those of the weights.
         (task_gradient,) = torch.autograd.grad(loss, self.alpha.logits)
         # Counted in full, although the gradient of the projections' weights is left out.
         self._spend(self._relaxed_macs, batch)
-        values = self._alpha_update(step, task_gradient, run)
+        values = self._alpha_update(step, task_gradient, losses, run)
         values["loss/alpha"] = loss.detach()
         return values
 
@@ -415,18 +432,17 @@ class OneShotSearch:
         self.alpha_optimizer.zero_grad(set_to_none=True)
         gates = self._gates(step)
         run = partial(largest_gates, self.space, gates)
-        losses = task_losses(self.tasks, self.supernet(batch["image"], gates), batch)
-        check_finite(losses, where=f"search step {step} (joint)", run=run)
+        losses = task_losses(self.tasks, self._forward(batch, gates), batch)
         # One backward pass serves weights, alpha and what the balancing learns. The tasks' weights
         # are constants to alpha here, too: they do not depend on it.
         loss, balance = self.balancing.loss(losses), self.balancing.values()
         loss.backward()
-        self._weights_update(f"search step {step} (joint)", run)
+        self._weights_update(step, [losses], [run], " (joint)")
         self.balancing.end_step(losses)
         self._count(run())
         self._spend(self._relaxed_macs, batch)
         assert self.alpha.logits.grad is not None
-        values = self._alpha_update(step, self.alpha.logits.grad, run)
+        values = self._alpha_update(step, self.alpha.logits.grad, losses, run)
         values |= {"temperature": self._temperature(step), "loss/weights": loss.detach()}
         values |= {f"loss/{name}": value.detach() for name, value in losses.items()}
         return values | balance
@@ -447,21 +463,29 @@ class OneShotSearch:
         return self.alpha.gates(self._temperature(step), hard=hard, generator=generator)
 
     def _alpha_update(
-        self, step: int, task_gradient: Tensor, run: Callable[[], object]
+        self, step: int, task_gradient: Tensor, losses: Losses, run: Network
     ) -> dict[str, float | Tensor]:
         """Add the latency term's gradient, step alpha, move mu."""
         latency = self.config.latency
         if latency.schedule == "ramp":
-            self.mu = latency.weight * min(2 * self.config.progress(step), 1.0)
+            self.mu.fill_(latency.weight * min(2 * self.config.progress(step), 1.0))
         expected = self.expected_latency()
         log_ratio = (expected / self.target_ms).log()
         (latency_gradient,) = torch.autograd.grad(self.mu * log_ratio.relu(), self.alpha.logits)
         norms = task_gradient.norm(), latency_gradient.norm()
-        check_gradient(norms[0] + norms[1], where=f"search step {step} (alpha)", run=run)
         self.alpha.logits.grad = task_gradient + latency_gradient
-        self.alpha_optimizer.step()
+        is_skipped = self.guard.take(
+            self.alpha_optimizer,
+            norms[0] + norms[1],
+            [losses],
+            step=step,
+            networks=[run],
+            what=" (alpha)",
+        )
+        mu = self.mu
         if latency.schedule == "dual":
-            self.mu = max(0.0, self.mu + latency.dual_rate * float(log_ratio.detach()))
+            raised = (mu + latency.dual_rate * log_ratio.detach()).clamp_min(0)
+            self.mu = torch.where(is_skipped, mu, raised)
         if self.config.progress(step) < 0.5 and step % self.config.loop.log_every == 0:
             self._watch_for_collapse(step)
         return {
@@ -553,6 +577,11 @@ class OneShotSearch:
     def alarms(self) -> list[str]:
         """What looks wrong with the search, in words; empty if nothing does."""
         found = []
+        if self.guard.num_skipped:
+            found.append(
+                f"{self.guard.num_skipped} steps were skipped, since a loss or a gradient was not "
+                f"finite; lower the learning rate or check the labels"
+            )
         never = int((self.sampled == 0).sum())
         if never:
             found.append(

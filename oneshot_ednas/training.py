@@ -25,6 +25,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from oneshot_ednas.data.packed import PackedSplit, batch_indices
 from oneshot_ednas.data.transforms import AugmentConfig, augment
+from oneshot_ednas.guard import StepGuard, fused_adam, fused_sgd
 from oneshot_ednas.progress import terminal_progress
 from oneshot_ednas.reward import accuracy_product
 from oneshot_ednas.store import append_text, sync_file, write_text
@@ -34,6 +35,8 @@ Batch = dict[str, Tensor]
 Metrics = dict[str, dict[str, float]]
 ParameterGroup = dict[str, Any]
 """Of an optimizer: `params`, and `lr_scale` where it has a factor of the learning rate."""
+Precision = Literal["float32", "bfloat16"]
+"""Numbers that the convolutions of a training step are computed in; weights stay float32."""
 
 STEP_FACTOR = 3
 """Multiply-adds of a training step over those of its forward pass: a convolution's backward pass
@@ -102,8 +105,8 @@ class OptimizerConfig:
                 raise ValueError(f"lr_scale: expected a positive number, got {scale}")
         rate, decay = self.learning_rate, self.weight_decay
         if self.kind == "sgd":
-            return torch.optim.SGD(given, lr=rate, weight_decay=decay, momentum=self.momentum)
-        return torch.optim.Adam(given, lr=rate, weight_decay=decay)
+            return fused_sgd(given, learning_rate=rate, weight_decay=decay, momentum=self.momentum)
+        return fused_adam(given, learning_rate=rate, weight_decay=decay)
 
     def rate_at(self, step: int, num_steps: int) -> float:
         """Learning rate of a step, before a group's factor: a linear rise, then the schedule."""
@@ -219,43 +222,21 @@ def weighted_sum(weights: Mapping[str, float | Tensor], losses: Mapping[str, Ten
     return torch.stack([weight * losses[name] for name, weight in weights.items()]).sum()
 
 
-def check_finite(losses: Mapping[str, Tensor], *, where: str, run: Callable[[], object]) -> None:
-    """Stop before a bad loss reaches the weights.
+def forward(
+    network: nn.Module, images: Tensor, *run: Any, precision: Precision = "float32"
+) -> dict[str, Tensor]:
+    """Raw maps of the tasks, in float32 for the losses.
 
     Args:
-        losses: loss per task.
-        where: stage and step, for the message.
-        run: gives the architecture that produced them; called only when something is wrong.
-
-    Raises:
-        RuntimeError: naming step, task and architecture.
+        network: of the tasks.
+        images: `[batch, 3, height, width]`.
+        run: what else the network takes, for example an architecture or gates.
+        precision: of the convolutions. With `bfloat16` BN still takes its statistics in float32.
     """
-    # One transfer for all tasks; the names are looked up only when something is wrong.
-    if bool(torch.stack([loss.detach() for loss in losses.values()]).isfinite().all()):
-        return
-    bad = [name for name, loss in losses.items() if not bool(loss.detach().isfinite())]
-    raise RuntimeError(
-        f"{where}: the loss of {', '.join(bad)} is not finite, architecture {run()}; lower the "
-        f"learning rate or check the labels"
-    )
-
-
-def check_gradient(norm: Tensor, *, where: str, run: Callable[[], object]) -> None:
-    """Stop before a bad gradient reaches what it would change; its loss may have been finite.
-
-    Args:
-        norm: norm of the whole gradient.
-        where: stage and step, for the message.
-        run: gives the architecture that produced it; called only when something is wrong.
-
-    Raises:
-        RuntimeError: naming step and architecture.
-    """
-    if not bool(norm.isfinite()):
-        raise RuntimeError(
-            f"{where}: the gradient is not finite, architecture {run()}; lower the learning rate "
-            f"or check the labels"
-        )
+    is_lower = precision == "bfloat16"
+    with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=is_lower):
+        outputs = network(images, *run)
+    return {name: output.float() for name, output in outputs.items()}
 
 
 @torch.inference_mode()
@@ -409,9 +390,14 @@ class LoopConfig:
     """Steps between entries of the log."""
     checkpoint_every: int = 200
     """Steps between checkpoints: the most that a crash can lose."""
+    max_skipped: int = 10
+    """Steps of a stage that may be left out because a loss or a gradient is not finite; they change
+    nothing. One more ends the run."""
 
     def __post_init__(self) -> None:
         """Intervals are positive."""
+        if self.max_skipped < 0:
+            raise ValueError(f"max_skipped: expected 0 or more, got {self.max_skipped}")
         if self.log_every < 1 or self.checkpoint_every < 1:
             raise ValueError(
                 f"expected log_every and checkpoint_every of at least 1, got "
@@ -425,6 +411,7 @@ def run_steps(
     save: Callable[[int], None],
     describe: Callable[[Mapping[str, float]], str],
     config: LoopConfig,
+    guard: StepGuard,
 ) -> None:
     """Take the steps that are left, log, save, and stop between steps when asked to.
 
@@ -434,29 +421,60 @@ def run_steps(
         save: writes a checkpoint that holds this many finished steps.
         describe: a short text for the progress bar.
         config: intervals.
+        guard: takes the optimizer steps; read before each log entry and checkpoint.
 
     Raises:
         Interrupted: after Ctrl-C or SIGTERM, once the checkpoint is written.
-        RuntimeError: if a step fails.
+        RuntimeError: if a step fails, or too many are not finite; names the last checkpoint.
     """
+    saved = log.start
     with StopRequest() as stop:
         for step in range(log.start, log.total):
-            try:
-                values = take_step(step)
-            except RuntimeError as error:
-                raise RuntimeError(f"{error}; the last checkpoint is kept") from error
             done = step + 1
-            if step % config.log_every == 0 or done == log.total:
+            is_last = done == log.total
+            is_logged = step % config.log_every == 0 or is_last
+            with _naming_the_checkpoint(log.stage, saved):
+                values = take_step(step)
+                if is_logged:
+                    guard.read()
+            if is_logged:
                 numbers = {name: float(value) for name, value in values.items()}
+                if guard.num_skipped:
+                    numbers["skipped_steps"] = float(guard.num_skipped)
                 log.scalars(step, numbers)
                 log.advance(done, describe(numbers))
             # Read once: a signal between two readings would stop without a checkpoint.
             is_asked_to_stop = stop.is_set
-            if done % config.checkpoint_every == 0 or done == log.total or is_asked_to_stop:
+            if done % config.checkpoint_every == 0 or is_last or is_asked_to_stop:
+                with _naming_the_checkpoint(log.stage, saved):
+                    guard.read()
                 log.sync()
                 save(done)
+                saved = done
             if is_asked_to_stop:
                 raise Interrupted(f"stopped after step {done} of {log.total} in {log.stage}")
+
+
+@contextlib.contextmanager
+def _naming_the_checkpoint(stage: str, saved: int) -> Iterator[None]:
+    """Errors of a step also say what is left of the stage: a checkpoint of so many steps."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        kept = f"its last checkpoint is kept, of {saved} steps" if saved else "it has no checkpoint"
+        raise RuntimeError(f"{_reason(error)}; {stage} ended: {kept}") from error
+
+
+def _reason(error: RuntimeError | MemoryError) -> str:
+    text = str(error) or type(error).__name__
+    # torch has a class of its own for GPUs alone; on a CPU only the words tell.
+    is_full = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    if is_full or "can't allocate memory" in text:
+        return (
+            f"out of memory ({text.splitlines()[0]}); lower batch_size, or set "
+            f"search.checkpoint_activations or precision: bfloat16"
+        )
+    return text
 
 
 def note(text: str) -> None:

@@ -29,7 +29,7 @@ SETTINGS = {
     "batch_size": 4,
     "calibration_batches": 2,
     "optimizer": FAST,
-    "loop": LoopConfig(log_every=1, checkpoint_every=2),
+    "loop": LoopConfig(log_every=1, checkpoint_every=2, max_skipped=0),
 }
 
 

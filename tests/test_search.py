@@ -27,7 +27,7 @@ from oneshot_ednas.search import (
 )
 from oneshot_ednas.training import Interrupted, LoopConfig, task_losses, weighted_sum
 
-OFTEN = LoopConfig(log_every=1, checkpoint_every=1)
+OFTEN = LoopConfig(log_every=1, checkpoint_every=1, max_skipped=0)
 
 
 def no_validation() -> tuple[dict[str, float], float]:
@@ -353,11 +353,11 @@ def test_distillation_uses_the_largest_as_teacher_in_place_of_the_labels(tiny, m
 # The latency term ---------------------------------------------------------------------------
 
 
-def updates(search: OneShotSearch, count: int) -> list[dict]:
+def updates(search: OneShotSearch, count: int, *, after: int = 0) -> list[dict]:
     """Alpha updates whose task losses are constant: only the latency term acts."""
     flat = torch.zeros_like(search.alpha.logits)
-    first = search.config.warmup_steps
-    return [search._alpha_update(first + step, flat, str) for step in range(count)]
+    first = search.config.warmup_steps + after
+    return [search._alpha_update(first + step, flat, {}, str) for step in range(count)]
 
 
 def test_the_dual_variable_rises_above_the_target_and_falls_below_it(tiny):
@@ -367,7 +367,7 @@ def test_the_dual_variable_rises_above_the_target_and_falls_below_it(tiny):
         assert math.copysign(1, ratio) == sign
         values = updates(search, 1)[0]
         assert search.mu == values["latency/mu"]
-        assert search.mu == pytest.approx(1.0 + 0.1 * ratio)
+        assert float(search.mu) == pytest.approx(1.0 + 0.1 * ratio)
 
 
 def test_the_dual_variable_stays_at_zero_or_above(tiny):
@@ -380,10 +380,10 @@ def test_a_ramp_rises_over_the_first_half_and_a_fixed_weight_stays(tiny):
     settings = {"steps": 10, "warmup_fraction": 0.1}
     ramp = tiny.search(latency=LatencyLossConfig(schedule="ramp", weight=2.0), **settings)
     assert ramp.mu == 0.0
-    mu = [values["latency/mu"] for values in updates(ramp, 9)]
+    mu = [float(updates(ramp, 1, after=step)[0]["latency/mu"]) for step in range(9)]
     assert mu == pytest.approx([0, 0.5, 1.0, 1.5, 2.0, 2.0, 2.0, 2.0, 2.0])
     fixed = tiny.search(latency=LatencyLossConfig(schedule="fixed", weight=2.0), **settings)
-    assert {values["latency/mu"] for values in updates(fixed, 9)} == {2.0}
+    assert {float(values["latency/mu"]) for values in updates(fixed, 9)} == {2.0}
 
 
 @pytest.mark.parametrize("schedule", ["dual", "fixed"])
@@ -412,7 +412,7 @@ def test_dual_ascent_meets_the_target_against_a_task_that_wants_a_slow_network(t
         for step in range(250, 500):
             gain = 1.5 * search.expected_latency().log()
             (task_gradient,) = torch.autograd.grad(-gain, search.alpha.logits)
-            values = search._alpha_update(step, task_gradient, str)
+            values = search._alpha_update(step, task_gradient, {}, str)
         ends[schedule] = float(values["latency/expected_ms"])
     assert ends["fixed"] > 5.4
     assert ends["dual"] == pytest.approx(4.8, rel=0.02)
@@ -429,7 +429,7 @@ def test_the_latency_gradient_is_that_of_mu_times_the_log_ratio(tiny):
     task = torch.randn(search.alpha.logits.shape, generator=torch.Generator().manual_seed(0))
     loss = search.mu * (search.expected_latency() / 4.5).log()
     (expected,) = torch.autograd.grad(loss, search.alpha.logits)
-    values = search._alpha_update(4, task, str)
+    values = search._alpha_update(4, task, {}, str)
     torch.testing.assert_close(search.alpha.logits.grad, task + expected)
     ratio = float(expected.norm() / task.norm())
     assert float(values["alpha/latency_to_task_gradient"]) == pytest.approx(ratio, rel=1e-5)
@@ -580,7 +580,7 @@ def test_a_loss_that_is_not_finite_stops_and_the_last_checkpoint_stays(tiny, tmp
     search.take_step = poisoned
     with pytest.raises(RuntimeError, match="search step 3: the loss of depth is not finite") as e:
         run(search, tmp_path)
-    assert "the last checkpoint is kept" in str(e.value)
+    assert "search ended: its last checkpoint is kept, of 3 steps" in str(e.value)
     assert f"architecture {drawn}" in str(e.value)
     state = load_checkpoint(path)
     assert state["step"] == 3
@@ -590,20 +590,53 @@ def test_a_loss_that_is_not_finite_stops_and_the_last_checkpoint_stays(tiny, tmp
 
 @pytest.mark.parametrize("mode", ["alternating", "joint"])
 def test_a_gradient_that_is_not_finite_never_reaches_weights_or_alpha(tiny, monkeypatch, mode):
-    search = tiny.search(warmup_fraction=0.0, mode=mode)
+    search = tiny.search(warmup_fraction=0.0, mode=mode, loop=OFTEN)
     before, alpha = weights_of(search), search.alpha.logits.detach().clone()
+    mu = float(search.mu)
 
     def losses(tasks, outputs, batch):
         # Finite, but with an infinite slope, as a careless square root of zero has.
         return {name: (output.sum() * 0).abs().sqrt() for name, output in outputs.items()}
 
     monkeypatch.setattr("oneshot_ednas.search.task_losses", losses)
+    search.take_step(0)
     with pytest.raises(
         RuntimeError, match=r"search step 0.*the gradient is not finite, architecture"
     ):
-        search.take_step(0)
+        search.guard.read()
     assert changed(before, search) == 0
     assert torch.equal(alpha, search.alpha.logits)
+    assert float(search.mu) == mu
+
+
+def test_a_skipped_step_is_counted_logged_and_told_and_the_search_goes_on(tiny, tmp_path):
+    loop = dataclasses.replace(OFTEN, max_skipped=1)
+    search = tiny.search(steps=6, loop=loop)
+    weight_step = search._weight_step
+
+    def careless(step, *, uniform):
+        if step != 3:
+            return weight_step(step, uniform=uniform)
+        before = weights_of(search)
+        bias = search.supernet.heads["depth"].classifier.bias
+        kept = bias.detach().clone()
+        with torch.no_grad():
+            bias.fill_(math.nan)
+        values = weight_step(step, uniform=uniform)
+        with torch.no_grad():
+            bias.copy_(kept)
+        assert changed(before, search) == 0
+        return values
+
+    search._weight_step = careless
+    run(search, tmp_path)
+    assert search.step == 6
+    assert search.guard.num_skipped == 1
+    assert load_checkpoint(tmp_path / "search.safetensors")["num_skipped"] == 1
+    assert any(alarm.startswith("1 steps were skipped") for alarm in search.alarms())
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    skipped = [line.get("skipped_steps") for line in lines if "loss/weights" in line]
+    assert skipped == [None] * 3 + [1.0] * 3
 
 
 def test_an_untrained_search_has_no_alarm_but_untrained_options(tiny):
@@ -656,15 +689,16 @@ def test_a_choice_that_is_decided_in_the_first_half_is_noted_and_kept(tiny, tmp_
 
 @pytest.mark.parametrize("mode", ["alternating", "joint"])
 def test_a_bad_alpha_step_names_the_architecture_that_was_drawn(tiny, mode):
-    search = tiny.search(mode=mode, warmup_fraction=0.0)
+    search = tiny.search(mode=mode, warmup_fraction=0.0, loop=OFTEN)
     gates = search._gates(3)
     with torch.no_grad():
         search.supernet.heads["depth"].classifier.bias.fill_(torch.nan)
     step = search._alpha_step if mode == "alternating" else search._joint_step
     drawn = str(largest_gates(tiny.space, gates))
     assert drawn != str(search.alpha.argmax())
+    step(3)
     with pytest.raises(RuntimeError, match=f"step 3 .*depth is not finite, architecture {drawn};"):
-        step(3)
+        search.guard.read()
 
 
 def test_joint_mode_counts_what_it_trains(tiny):

@@ -4,6 +4,7 @@ from typing import cast
 
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from oneshot_ednas.architecture import Architecture
 from oneshot_ednas.models.blocks import ElasticBlock, SharingConfig
@@ -19,6 +20,8 @@ class Backbone(nn.Module):
         self, space: SearchSpace, *, momentum: float, sharing: SharingConfig = SharingConfig()
     ) -> None:
         super().__init__()
+        self.checkpoint_activations = False
+        """Whether a block's activations are computed again for the backward pass."""
         self.tap_blocks = space.fusion.tap_blocks
         self.stem = ConvBN(3, space.stem_filters, kernel_size=3, stride=2, momentum=momentum)
         self.blocks = nn.ModuleList(
@@ -39,11 +42,15 @@ class Backbone(nn.Module):
         taps = []
         in_gate = x.new_ones(1)
         for number, block in enumerate(self.blocks, start=1):
-            if isinstance(run, Architecture):
-                x = block(x, run.blocks[number - 1])
+            gates = run.blocks[number - 1] if isinstance(run, Architecture) else run[number - 1]
+            if self.checkpoint_activations and self.training:
+                # A supernet's BN keeps no statistics, so nothing is counted twice.
+                x = checkpoint(
+                    block, x, gates, in_gate, use_reentrant=False, preserve_rng_state=False
+                )
             else:
-                gates = run[number - 1]
                 x = block(x, gates, in_gate)
+            if not isinstance(run, Architecture):
                 in_gate = gates.filters
             if number in self.tap_blocks:
                 taps.append(x)

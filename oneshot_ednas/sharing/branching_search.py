@@ -9,7 +9,7 @@ and the budget in place of lambda, are this project's.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from oneshot_ednas.balancing import BalancingConfig
 from oneshot_ednas.data.packed import PackedSplit
 from oneshot_ednas.data.transforms import AugmentConfig
+from oneshot_ednas.guard import Losses, Network, StepGuard, fused_adam
 from oneshot_ednas.models.encoder import Encoder
 from oneshot_ednas.relaxation import TemperatureConfig
 from oneshot_ednas.search import LatencyLossConfig
@@ -31,8 +32,6 @@ from oneshot_ednas.tasks import Task
 from oneshot_ednas.training import (
     LoopConfig,
     OptimizerConfig,
-    check_finite,
-    check_gradient,
     numpy_generator,
     task_losses,
     torch_generator,
@@ -183,11 +182,12 @@ class BranchingSearch(ResumableSearch):
             tasks, epoch_steps=len(splits["weights"]) // config.batch_size, device=device
         )
         self.balancing.add_to(self.optimizer)
-        self.alpha_optimizer = torch.optim.Adam(
+        self.alpha_optimizer = fused_adam(
             self.parameters.parameters(),
-            lr=config.alpha_learning_rate,
+            learning_rate=config.alpha_learning_rate,
             weight_decay=config.alpha_weight_decay,
         )
+        self.guard = StepGuard(self.stage, max_skipped=config.loop.max_skipped)
         self.mu = config.latency.weight if config.latency.schedule != "ramp" else 0.0
         self.num_alpha_steps = 0
         self.macs = 0.0
@@ -277,14 +277,13 @@ class BranchingSearch(ResumableSearch):
         for run in runs:
             losses = task_losses(self.tasks, self.network(batch["image"], run), batch)
             branching = run.branching(list(self.tasks))
-            check_finite(losses, where=f"branching step {step}", run=lambda: branching)  # noqa: B023
             loss = self.balancing.loss(losses)
             (loss / len(runs)).backward()
             trained.append({name: value.detach() for name, value in losses.items()})
             if run is routes:
                 logged = loss.detach()
             self._spend(self._mac_costs.of(branching) * 1e9, batch)
-        self._update(step, str(routes.branching(list(self.tasks))))
+        self._update(step, trained, [run.branching(list(self.tasks)) for run in runs])
         self.balancing.end_step(*trained)
         losses = trained[runs.index(routes)]
         return {"loss/weights": logged, **_named(losses), **balance}
@@ -300,7 +299,6 @@ class BranchingSearch(ResumableSearch):
         for name, task in self.tasks.items():
             output = self.network(batch["image"], gates, (name,))[name]
             loss = task.loss(output, batch[name])
-            check_finite({name: loss}, where=f"branching step {step}", run=lambda: "mixture")
             # At once, so that one task's activations are held at a time.
             (weights[name] * loss).backward()
             losses[name] = loss.detach()
@@ -308,15 +306,14 @@ class BranchingSearch(ResumableSearch):
         if balanced.requires_grad:  # what the balancing learns
             balanced.backward()
         self._spend(self._mixed_macs, batch)
-        self._update(step, "mixture")
+        self._update(step, [losses], ["mixture"])
         self.balancing.end_step(losses)
         return {"loss/weights": balanced.detach(), **_named(losses), **balance}
 
-    def _update(self, step: int, what: str) -> None:
+    def _update(self, step: int, losses: Sequence[Losses], networks: Sequence[Network]) -> None:
         trainable = [p for p in self.network.parameters() if p.grad is not None]
         norm = torch.nn.utils.clip_grad_norm_(trainable, self.config.optimizer.max_norm)
-        check_gradient(norm, where=f"branching step {step}", run=lambda: what)
-        self.optimizer.step()
+        self.guard.take(self.optimizer, norm, losses, step=step, networks=networks)
 
     def _reset_momentum(self) -> None:
         for parameter in self.optimizer.param_groups[0]["params"]:
@@ -349,9 +346,6 @@ class BranchingSearch(ResumableSearch):
         for name, task in self.tasks.items():
             output = self.network(batch["image"], cut, (name,))[name]
             loss = task.loss(output, batch[name])
-            check_finite(
-                {name: loss}, where=f"branching step {step} (alpha)", run=lambda: "mixture"
-            )
             found = torch.autograd.grad(weights[name] * loss, leaves, allow_unused=True)
             for total, part in zip(gradients, found, strict=True):
                 if part is not None:
@@ -361,12 +355,12 @@ class BranchingSearch(ResumableSearch):
         outputs = [t for t in gates.tensors if t.requires_grad]
         task_gradients = torch.autograd.grad(outputs, parameters, gradients)
         self._spend(self._mixed_macs, batch)
-        values = self._alpha_update(step, task_gradients)
+        values = self._alpha_update(step, task_gradients, losses)
         self.num_alpha_steps += 1
         return values | {"loss/alpha": weighted_sum(weights, losses)}
 
     def _alpha_update(
-        self, step: int, task_gradients: tuple[Tensor, ...]
+        self, step: int, task_gradients: tuple[Tensor, ...], losses: Losses
     ) -> dict[str, float | Tensor]:
         config, parameters = self.config, list(self.parameters.parameters())
         if config.objective == "budget" and config.latency.schedule == "ramp":
@@ -379,12 +373,16 @@ class BranchingSearch(ResumableSearch):
             for p, part in zip(parameters, found, strict=True)
         ]
         norms = [_norm(task_gradients), _norm(cost_gradients)]
-        check_gradient(
-            norms[0] + norms[1], where=f"branching step {step} (alpha)", run=lambda: "mixture"
-        )
         for parameter, *parts in zip(parameters, task_gradients, cost_gradients, strict=True):
             parameter.grad = parts[0] + parts[1]
-        self.alpha_optimizer.step()
+        self.guard.take(
+            self.alpha_optimizer,
+            norms[0] + norms[1],
+            [losses],
+            step=step,
+            networks=["mixture"],
+            what=" (alpha)",
+        )
         if config.objective == "budget" and config.latency.schedule == "dual":
             ratio = math.log(float(expected.detach()) / self.target_at(step))
             self.mu = max(0.0, self.mu + config.latency.dual_rate * ratio)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from oneshot_ednas.balancing import BalancingConfig
 from oneshot_ednas.data.packed import PackedSplit
 from oneshot_ednas.data.transforms import AugmentConfig
+from oneshot_ednas.guard import StepGuard, fused_adam
 from oneshot_ednas.models.network import recalibrate_bn
 from oneshot_ednas.relaxation import TemperatureConfig
 from oneshot_ednas.sharing.operators import PLAIN_OPERATORS, OperatorTypes, compile_supermodel
@@ -33,8 +34,6 @@ from oneshot_ednas.training import (
     OptimizerConfig,
     accuracy_of,
     calibration_images,
-    check_finite,
-    check_gradient,
     evaluate,
     task_losses,
     torch_generator,
@@ -163,9 +162,10 @@ class OperatorSearch(ResumableSearch):
             tasks, epoch_steps=len(splits["weights"]) // config.batch_size, device=device
         )
         self.balancing.add_to(self.optimizer)
-        self.policy_optimizer = torch.optim.Adam(
-            self.policy.parameters(), lr=config.policy_learning_rate
+        self.policy_optimizer = fused_adam(
+            self.policy.parameters(), learning_rate=config.policy_learning_rate, weight_decay=0.0
         )
+        self.guard = StepGuard(self.stage, max_skipped=config.loop.max_skipped)
         self.step = 0
         self.supermodel.train()
 
@@ -201,7 +201,8 @@ class OperatorSearch(ResumableSearch):
             and (step - self.config.pretrain_steps) % self.config.alternation == 0
         ):
             values |= self._policy_step(step)
-        values |= {f"policy/{name}": mean for name, mean in self._mean_choices().items()}
+        means = self.policy.probabilities().detach().mean((0, 1))
+        values |= {f"policy/{name}": mean for name, mean in zip(CHOICES, means, strict=True)}
         values["policy/entropy"] = self.policy.entropy().detach()
         values["temperature"] = 0.0 if is_pretraining else self._temperature(step)
         return values
@@ -215,14 +216,12 @@ class OperatorSearch(ResumableSearch):
             # Of hard gates only the operators that they choose are run.
             run = self._policy_of(gates) if self.config.gates == "hard" else gates
         losses = task_losses(self.tasks, self.supermodel(batch["image"], run), batch)
-        check_finite(losses, where=f"operators step {step}", run=self._mean_choices)
         loss, balance = self.balancing.loss(losses), self.balancing.values()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(
             self.supermodel.parameters(), self.config.optimizer.max_norm
         )
-        check_gradient(norm, where=f"operators step {step}", run=self._mean_choices)
-        self.optimizer.step()
+        self.guard.take(self.optimizer, norm, [losses], step=step, networks=[self._mean_choices])
         losses = {task: value.detach() for task, value in losses.items()}
         self.balancing.end_step(losses)
         values: dict[str, float | Tensor] = {"loss/weights": loss.detach()}
@@ -233,17 +232,20 @@ class OperatorSearch(ResumableSearch):
         # One draw for losses and regularisation.
         gates = self._gates("policy", step)
         losses = task_losses(self.tasks, self.supermodel(batch["image"], gates), batch)
-        check_finite(losses, where=f"operators step {step} (policy)", run=self._mean_choices)
         regularization = policy_regularization(gates, self.supermodel.depths)
         loss = weighted_sum(self.balancing.weights(), losses)
         loss = loss + self.config.regularization * regularization
         # Gradients of the policy only: autograd leaves out those of the weights.
         (gradient,) = torch.autograd.grad(loss, self.policy.logits)
-        check_gradient(
-            gradient.norm(), where=f"operators step {step} (policy)", run=self._mean_choices
-        )
         self.policy.logits.grad = gradient
-        self.policy_optimizer.step()
+        self.guard.take(
+            self.policy_optimizer,
+            gradient.norm(),
+            [losses],
+            step=step,
+            networks=[self._mean_choices],
+            what=" (policy)",
+        )
         return {"loss/policy": loss.detach(), "policy/regularization": regularization.detach()}
 
     def _mean_choices(self) -> dict[str, float]:

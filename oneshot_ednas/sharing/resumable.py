@@ -12,6 +12,7 @@ from oneshot_ednas.balancing import Balancing
 from oneshot_ednas.checkpoint import load_checkpoint, save_checkpoint
 from oneshot_ednas.data.packed import PackedSplit
 from oneshot_ednas.data.transforms import AugmentConfig
+from oneshot_ednas.guard import StepGuard
 from oneshot_ednas.tasks import Task
 from oneshot_ednas.training import LoopConfig, StageLog, run_steps, training_batch
 
@@ -46,6 +47,7 @@ class ResumableSearch(ABC):
     balancing: Balancing
     seed: int
     device: torch.device
+    guard: StepGuard
     step: int
 
     @property
@@ -80,6 +82,7 @@ class ResumableSearch(ABC):
             "stage": self.stage,
             "step": self.step,
             "seed": self.seed,
+            "num_skipped": self.guard.num_skipped,
             **{name: getattr(self, name) for name in self.kept},
             **{name: module.state_dict() for name, module in self.modules.items()},
             **{name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
@@ -112,6 +115,7 @@ class ResumableSearch(ABC):
             optimizer.load_state_dict(state[name])
         for name in ("step", *self.kept):
             setattr(self, name, state[name])
+        self.guard.num_skipped = state.get("num_skipped", 0)
         torch.set_rng_state(state["torch_random_state"])
 
     def resume(self, checkpoint: Path) -> None:
@@ -151,7 +155,7 @@ class ResumableSearch(ABC):
             on_save()
 
         with StageLog(folder, self.stage, total=self.config.steps, start=self.step) as log:
-            run_steps(log, take_step, save, self._describe, self.config.loop)
+            run_steps(log, take_step, save, self._describe, self.config.loop, self.guard)
 
     def _describe(self, values: Mapping[str, float]) -> str:
         parts = [f"loss {values['loss/weights']:.3f}"]
