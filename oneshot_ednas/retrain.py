@@ -1,6 +1,7 @@
 """Train one network from scratch: a derived one, the base network, any architecture or module."""
 
 import json
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +29,7 @@ from oneshot_ednas.training import (
     calibration_images,
     forward,
     run_steps,
+    seed_step,
     task_losses,
     torch_generator,
     training_batch,
@@ -118,6 +120,7 @@ class NetworkTraining:
     def take_step(self, step: int) -> dict[str, float | Tensor]:
         """One step; returns numbers to log."""
         config = self.config
+        seed_step(self.seed, "retrain", step)
         config.optimizer.apply(self.optimizer, step, config.steps)
         batch = training_batch(
             self.split,
@@ -235,6 +238,29 @@ class StandAloneTraining(NetworkTraining):
         )
 
 
+def compile_or_warn(network: nn.Module, images: Tensor, precision: Precision) -> None:
+    """Compile a network in place with `torch.compile`; where that fails, warn and go on without.
+
+    Args:
+        network: in training mode; its weights and BN statistics stay as they are.
+        images: of the size that it will train on.
+        precision: that it will train in.
+    """
+    held = {name: value.clone() for name, value in network.named_buffers()}
+    try:
+        network.compile()
+        outputs = forward(network, images, precision=precision)
+        torch.stack([output.sum() for output in outputs.values()]).sum().backward()
+    except Exception as error:  # what a compiler fails with has no common class
+        network._compiled_call_impl = None
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        warnings.warn(f"torch.compile failed, going on without it: {reason}", stacklevel=2)
+    network.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        for name, value in network.named_buffers():
+            value.copy_(held[name])
+
+
 def parameter_groups(network: nn.Module, lr_scales: Mapping[str, float]) -> list[ParameterGroup]:
     """The weights of a network by the factor of their learning rate.
 
@@ -343,6 +369,10 @@ def train_to_end(
     start = training.resume(checkpoint)
     if start == config.steps:
         return training.network
+
+    if config.compile:
+        frames = training.split.batch([0] * config.batch_size, training.device)
+        compile_or_warn(training.network, frames["image"], config.precision)
 
     def save(done: int) -> None:
         if done == config.steps:

@@ -45,6 +45,7 @@ from oneshot_ednas.training import (
     forward,
     numpy_generator,
     run_steps,
+    seed_step,
     task_losses,
     torch_generator,
     training_batch,
@@ -351,6 +352,7 @@ class OneShotSearch:
 
     def take_step(self, step: int) -> dict[str, float | Tensor]:
         """One weight step and, after the warm-up, its alpha step; returns numbers to log."""
+        seed_step(self.seed, "search", step)
         self.config.optimizer.apply(self.optimizer, step, self.config.steps)
         is_warm_up = step < self.config.warmup_steps
         if self.config.mode == "joint" and not is_warm_up:
@@ -415,10 +417,12 @@ class OneShotSearch:
         batch = self._batch("alpha", step)
         gates = self._gates(step)
         run = partial(largest_gates, self.space, gates)
+        # Of alpha only: so nothing is kept for the gradients of weights that no gate mixes.
+        self.supernet.requires_grad_(False)
         losses = task_losses(self.tasks, self._forward(batch, gates), batch)
         loss = weighted_sum(self.balancing.weights(), losses)
-        # Gradients of alpha only: autograd leaves out those of the weights.
         (task_gradient,) = torch.autograd.grad(loss, self.alpha.logits)
+        self.supernet.requires_grad_(True)
         # Counted in full, although the gradient of the projections' weights is left out.
         self._spend(self._relaxed_macs, batch)
         values = self._alpha_update(step, task_gradient, losses, run)

@@ -14,10 +14,11 @@ from torch import nn
 
 from oneshot_ednas.checkpoint import load_checkpoint
 from oneshot_ednas.data.transforms import AugmentConfig
-from oneshot_ednas.models.network import Network, recalibrate_bn
+from oneshot_ednas.models.network import Network, build_network, recalibrate_bn
 from oneshot_ednas.retrain import (
     NetworkTraining,
     RetrainConfig,
+    compile_or_warn,
     parameter_groups,
     retrain,
     train_to_end,
@@ -263,3 +264,36 @@ def test_weights_follow_the_innermost_module_that_has_a_factor():
     }
     with pytest.raises(ValueError, match="lr_scales: the network has no module tru"):
         parameter_groups(network, {"tru": 0.5})
+
+
+# Compiling ----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own compiler
+def test_a_compiled_training_is_the_same_training(tiny, tmp_path):
+    settings = {"steps": 3, "compile": True}
+    for name in ("plain", "compiled"):
+        (tmp_path / name).mkdir()
+    plain = train(tiny, tmp_path / "plain", steps=3)
+    compiled = train(tiny, tmp_path / "compiled", **settings)
+    assert compiled._compiled_call_impl is not None
+    for one, other in zip(plain.state_dict().values(), compiled.state_dict().values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+def test_where_compiling_fails_the_training_goes_on_without(tiny, monkeypatch):
+    network = build_network(
+        tiny.space.fix(tiny.space.base_architecture), {"segmentation": 10, "depth": 1}
+    )
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+
+    def fails(*_, **__):
+        raise RuntimeError("no C++ compiler\nand more")
+
+    monkeypatch.setattr(network, "compile", lambda: setattr(network, "_compiled_call_impl", fails))
+    with pytest.warns(UserWarning, match="torch.compile failed, going on without it: no C"):
+        compile_or_warn(network, torch.zeros(2, 3, 32, 32), "float32")
+    assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
+    assert all(parameter.grad is None for parameter in network.parameters())
+    network(torch.zeros(2, 3, 32, 32))
