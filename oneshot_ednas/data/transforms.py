@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from oneshot_ednas.constants import constant
 from oneshot_ednas.data.targets import TARGET_KINDS
 
 # Rec. 601 weights of the brightness of an RGB pixel.
@@ -93,7 +94,7 @@ def _jitter(
     brightness = 1 + config.brightness * spread[:, _BRIGHTNESS]
     contrast = 1 + config.contrast * spread[:, _CONTRAST]
     colour = 1 + config.colour * spread[:, _COLOUR]
-    luma = image.new_tensor(_LUMA)
+    luma = constant(_LUMA, image)
     # Each step keeps greys grey, so with x in 0..1 all three together are
     # x -> matrix x + (1 - contrast) * mean brightness of the brightened image.
     saturate = colour[:, None, None] * torch.eye(3, device=image.device) + (
@@ -124,10 +125,13 @@ def _scale(
     reach = (1 - 1 / scale).abs()
     x = _centres(width, image) / scale[:, None] + ((draws[:, _SHIFT_X] * 2 - 1) * reach)[:, None]
     y = _centres(height, image) / scale[:, None] + ((draws[:, _SHIFT_Y] * 2 - 1) * reach)[:, None]
-    grid = torch.stack(torch.broadcast_tensors(x[:, None, :], y[:, :, None]), dim=-1)
+    # Between the outermost pixel centre and the border there is nothing to blend with. (That is
+    # grid_sample's padding_mode="border", too, which Apple's GPUs do not have before torch 2.13.)
+    column = x.clamp(1 / width - 1, 1 - 1 / width)
+    row = y.clamp(1 / height - 1, 1 - 1 / height)
+    grid = torch.stack(torch.broadcast_tensors(column[:, None, :], row[:, :, None]), dim=-1)
     result = dict(batch)
-    # Between the outermost pixel centre and the border there is nothing to blend with.
-    result["image"] = F.grid_sample(image, grid, padding_mode="border", align_corners=False)
+    result["image"] = F.grid_sample(image, grid, align_corners=False)
     # Nearest pixels of an axis-aligned map: one row and one column index per pixel of the border.
     columns, inside_x = _nearest(x, width)
     rows, inside_y = _nearest(y, height)
@@ -182,6 +186,6 @@ def _flip(batch: dict[str, Tensor], chosen: Tensor, kinds: Mapping[str, str]) ->
         mirrored = tensor.flip(-1)
         factors = TARGET_KINDS[kinds[name]].mirrored if name != "image" else (1.0,)
         if factors != (1.0,):
-            mirrored = mirrored * mirrored.new_tensor(factors).view(-1, 1, 1)
+            mirrored = mirrored * constant(factors, mirrored).view(-1, 1, 1)
         result[name] = torch.where(chosen.view(-1, *[1] * (tensor.ndim - 1)), mirrored, tensor)
     return result

@@ -69,9 +69,7 @@ class Network(nn.Module):
             self.space.check(run)
         elif len(run) != len(self.space.blocks):
             raise ValueError(f"expected gates for {len(self.space.blocks)} blocks, got {len(run)}")
-        # Thin layers are memory-bound: channels-last runs them 1.4 times faster on a CPU, and it is
-        # what tensor cores want.
-        images = images.contiguous(memory_format=torch.channels_last)
+        images = fast_layout(images)
         fused = self.bifpn(self.backbone(images, run))
         return {task: head(fused) for task, head in self.heads.items()}
 
@@ -79,6 +77,16 @@ class Network(nn.Module):
     def num_parameters(self) -> int:
         """Trainable numbers."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+
+def fast_layout(images: Tensor) -> Tensor:
+    """Images as the device's convolutions like them."""
+    # Apple's channels-last convolutions are refused, wrong or slow in torch up to 2.13.
+    if images.device.type == "mps":
+        return images.contiguous()
+    # Thin layers are memory-bound: channels-last runs them 1.4 times faster on a CPU, and it is
+    # what tensor cores want.
+    return images.contiguous(memory_format=torch.channels_last)
 
 
 def build_network(

@@ -25,7 +25,7 @@ from oneshot_ednas.models.encoder import (
     output_norms,
 )
 from oneshot_ednas.models.layers import ElasticBatchNorm
-from oneshot_ednas.models.network import leading
+from oneshot_ednas.models.network import fast_layout, leading
 from oneshot_ednas.relaxation import BlockGates, Gates
 from oneshot_ednas.sharing.branching import Branching
 
@@ -129,7 +129,7 @@ class BranchedNetwork(nn.Module):
         run = self.routes if run is None else run
         if run is None:
             raise ValueError("a supergraph needs routes or gates: network(images, routes)")
-        images = images.contiguous(memory_format=torch.channels_last)
+        images = fast_layout(images)
         wanted = self.tasks if tasks is None else tasks
         shared: dict[tuple[int, ...], Tensor] = {}
         outputs = {}

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from oneshot_ednas.constants import constant
+
 INVALID_LABEL = 255
 """Class index of pixels that take no part in loss or metric."""
 
@@ -53,10 +55,12 @@ def cross_entropy(
     # The softmax of a NaN logit has a NaN gradient even where the label is ignored.
     known = torch.where(valid.unsqueeze(1), logits, 0)
     if class_weights is None:
-        total = F.cross_entropy(known, target, ignore_index=ignore, reduction="sum")
-        return total / valid.sum().clamp_min(1)
-    weights = known.new_tensor(class_weights)
-    total = F.cross_entropy(known, target, weights, ignore_index=ignore, reduction="sum")
+        per_pixel = F.cross_entropy(known, target, ignore_index=ignore, reduction="none")
+        return per_pixel.sum() / valid.sum().clamp_min(1)
+    weights = constant(tuple(class_weights), known)
+    # Summed here: on a GPU, its own sum has no order, and so no deterministic result.
+    per_pixel = F.cross_entropy(known, target, weights, ignore_index=ignore, reduction="none")
+    total = per_pixel.sum()
     weight = torch.where(valid, weights[torch.where(valid, target, 0)], 0).sum()
     return total / torch.where(weight > 0, weight, 1)
 
@@ -98,9 +102,9 @@ def balanced_cross_entropy(
     is_positive = valid & (target == 1)
     num_valid = valid.sum().clamp_min(1)
     if positive_weight is None:
-        weight = 1 - is_positive.sum().to(score.dtype) / num_valid
+        weight: Tensor | float = 1 - is_positive.sum().to(score.dtype) / num_valid
     else:
-        weight = score.new_tensor(positive_weight)
+        weight = positive_weight
     loss = torch.where(
         is_positive, -weight * F.logsigmoid(score), (weight - 1) * F.logsigmoid(-score)
     )

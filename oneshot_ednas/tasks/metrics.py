@@ -65,6 +65,8 @@ class PooledMetrics:
     def update(self, pred: Tensor, target: Tensor) -> None:
         """Add one batch; nothing is copied to the host."""
         sums = self._batch_sums(pred, target)
+        if sums.device.type == "mps":  # whose float32 does not count beyond 2 ** 24
+            sums = sums.cpu().double()
         self._sums = sums if self._sums is None else self._sums + sums
 
     def compute(self) -> dict[str, float]:
