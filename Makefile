@@ -4,12 +4,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo test test-all lint format wheel clean
+.PHONY: help demo test test-all fuzz lint format wheel clean
 
 help:
 	@echo "make demo    the whole pipeline on rendered street scenes: runs/demo, about 8 minutes"
 	@echo "make test    the default tests"
-	@echo "make test-all  with the slow ones"
+	@echo "make test-all  with the slow ones, about an hour"
+	@echo "make fuzz    10,000 inputs for each reader of files from others"
 	@echo "make lint    style, types, import order"
 	@echo "make wheel   build a wheel and check that it finds its configs and tables"
 	@echo "make clean   remove the virtual environment and caches"
@@ -28,6 +29,9 @@ test: $(INSTALLED)
 
 test-all: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+fuzz: $(INSTALLED)
+	ONESHOT_EDNAS_FUZZ=10000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_fuzz.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

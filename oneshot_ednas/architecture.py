@@ -4,12 +4,17 @@ import json
 import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from reprlib import repr as clipped
 
+from oneshot_ednas.parsing import one_line
 from oneshot_ednas.schema import nearest, read_json
 from oneshot_ednas.store import write_text
 
 FORMAT = 1
-_SHORT_BLOCK = re.compile(r"([if])(\d+)e(\d+)c(\d+)")
+MAX_BLOCKS = 1000
+MAX_SIZE = 2**20
+"""Of the numbers of a block: no network comes near."""
+_SHORT_BLOCK = re.compile(r"([if])([0-9]{1,7})e([0-9]{1,7})c([0-9]{1,7})")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,20 +61,27 @@ class Architecture:
             raise ValueError(f'{source}: expected an object with a list "blocks"')
         if data.get("format", FORMAT) != FORMAT:
             raise ValueError(
-                f"{source}: expected format {FORMAT}, got {data['format']}; "
+                f"{source}: expected format {FORMAT}, got {clipped(data['format'])}; "
                 f"a newer version of oneshot_ednas wrote it"
             )
         unknown = set(data) - {"format", "space", "blocks"}
         if unknown:
             known = ("format", "space", "blocks")
             raise ValueError(
-                f"{source}: unknown key {min(unknown)}; {nearest(min(unknown), known)}"
+                f"{source}: unknown key {one_line(min(unknown)[:40])}; "
+                f"{nearest(min(unknown), known)}"
+            )
+        if not isinstance(data.get("space", ""), str):
+            raise ValueError(f"{source}: space: expected text, got {clipped(data['space'])}")
+        if len(data["blocks"]) > MAX_BLOCKS:
+            raise ValueError(
+                f"{source}: expected at most {MAX_BLOCKS} blocks, got {len(data['blocks'])}"
             )
         blocks = tuple(
             _read_block(block, f"{source}: block {number}")
             for number, block in enumerate(data["blocks"], start=1)
         )
-        return cls(blocks, space=str(data.get("space", "")))
+        return cls(blocks, space=data.get("space", ""))
 
     def to_text(self) -> str:
         """The JSON form as text, one line per block."""
@@ -104,7 +116,7 @@ class Architecture:
         for word in text.split():
             match = _SHORT_BLOCK.fullmatch(word)
             if match is None:
-                raise ValueError(f"expected blocks such as f5e6c36, got {word!r}")
+                raise ValueError(f"expected blocks such as f5e6c36, got {clipped(word)}")
             op, kernel_size, expand_ratio, filters = match.groups()
             blocks.append(
                 BlockArchitecture(
@@ -132,12 +144,16 @@ def _read_block(data: object, where: str) -> BlockArchitecture:
         raise ValueError(f"{where}: expected an object with keys {', '.join(kinds)}")
     for key in data:
         if key not in kinds:
-            raise ValueError(f"{where}: unknown key {key}; {nearest(str(key), kinds)}")
+            raise ValueError(
+                f"{where}: unknown key {one_line(str(key)[:40])}; {nearest(str(key), kinds)}"
+            )
     for key, kind in kinds.items():
         if key not in data:
             raise ValueError(f"{where}: missing key {key}")
         value = data[key]
         if not isinstance(value, kind) or isinstance(value, bool):  # type: ignore[arg-type]
             word = "text" if kind is str else "a whole number"
-            raise ValueError(f"{where}: {key}: expected {word}, got {value!r}")
+            raise ValueError(f"{where}: {key}: expected {word}, got {clipped(value)}")
+        if kind is int and not 0 < value <= MAX_SIZE:
+            raise ValueError(f"{where}: {key}: expected 1 to {MAX_SIZE}, got {value}")
     return BlockArchitecture(**data)

@@ -40,6 +40,13 @@ def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
     write_bytes(path, data, previous=previous_checkpoint(path) if _is_whole(path) else None)
 
 
+def state_digest(state: object) -> str:
+    """SHA-256 of a state or a part of one: types, shapes and bits of all tensors, and the rest."""
+    tensors: dict[str, Tensor] = {}
+    tree = _pack(state, "", tensors)
+    return _digest(tensors, tree)
+
+
 def previous_checkpoint(path: Path) -> Path:
     """Where the checkpoint before the newest one is kept."""
     return path.with_suffix(f".previous{path.suffix}")
@@ -52,6 +59,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: if there is no such file.
+        OSError: if it cannot be opened.
         ValueError: if it is of another format, or damaged and the one before is not whole; the
             message says what to do.
     """
@@ -80,7 +88,7 @@ class DamageError(ValueError):
 def _is_whole(path: Path) -> bool:
     try:
         _read(path)
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError):
         return False
     return True
 
@@ -90,15 +98,15 @@ def _read(path: Path) -> dict[str, Any]:
 
     Raises:
         DamageError: if it is not as it was written.
+        OSError: if it cannot be opened.
         ValueError: if it is of another format.
     """
+    path.open("rb").close()  # safetensors says of a file that it cannot open that there is none
     try:
         with safe_open(str(path), framework="pt") as file:
             header = _header(file.metadata() or {})
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         form, tree, stored = header["format"], header["state"], header["sha256"]
-    except FileNotFoundError:
-        raise
     except (SafetensorError, KeyError, TypeError, ValueError, OSError, RecursionError) as error:
         raise DamageError(_damaged(path, str(error))) from None
     if form not in (1, FORMAT):

@@ -38,6 +38,10 @@ class RunConfig(Protocol):
         """`auto`, `cpu`, `cuda`, `cuda:N` or `mps`."""
 
     @property
+    def deterministic(self) -> bool:
+        """Whether a GPU may take deterministic algorithms only."""
+
+    @property
     def data(self) -> DataConfig:
         """The frames."""
 
@@ -131,6 +135,8 @@ class ExperimentConfig:
     seed: int = 0
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:N` or `mps`."""
+    deterministic: bool = False
+    """Let a GPU take deterministic algorithms only, which are slower; a CPU needs no such thing."""
     space: str
     """Name of a shipped search space, or the path of a YAML file."""
     data: DataConfig
@@ -165,6 +171,8 @@ class TaskSharingConfig:
     seed: int = 0
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:N` or `mps`."""
+    deterministic: bool = False
+    """Let a GPU take deterministic algorithms only, which are slower; a CPU needs no such thing."""
     data: DataConfig
     tasks: dict[str, TaskConfig]
     backbone: BackboneConfig

@@ -149,7 +149,8 @@ def deploy(
             )
             for part, split in splits.items()
         }
-    write_json(report_path, report)  # a compilation takes minutes, and may be interrupted
+    if find_compiler() is not None:  # a compilation takes minutes, and may be interrupted
+        write_json(report_path, report)
     report |= _compile(path)
     write_json(report_path, report)
     return report

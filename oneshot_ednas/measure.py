@@ -45,6 +45,9 @@ KERNELS = {
 EDGETPU_LIBRARY = {"Darwin": "libedgetpu.1.dylib", "Windows": "edgetpu.dll"}.get(
     platform.system(), "libedgetpu.so.1"
 )
+MEMORY_BYTES = 2 * 2**30
+"""What the interpreter process may take, on Linux: a model that wants more fails, and not the
+machine."""
 TIME_LIMIT_S = 60.0
 """Beyond the time a request was given, a silent interpreter process is ended after this."""
 RESTART_PAUSES_S = (0.0, 1.0, 3.0, 10.0)
@@ -358,6 +361,7 @@ def serve() -> int:
     # What lies beside this file must not stand in for a module that the runtime imports.
     sys.path[:] = [path for path in sys.path if path != os.path.dirname(os.path.abspath(__file__))]
     if sys.platform == "linux":
+        _limit_memory()
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: die with the parent
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no reply
@@ -373,6 +377,14 @@ def serve() -> int:
         settings = settings or request
         print(json.dumps(reply), file=replies, flush=True)
     return 0
+
+
+def _limit_memory() -> None:
+    import resource
+
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    if hard == resource.RLIM_INFINITY or hard > MEMORY_BYTES:
+        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, hard))
 
 
 def _begin(settings: dict[str, Any]) -> dict[str, Any]:
@@ -405,21 +417,30 @@ def read_bundle(
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         digest, models = manifest["digest"], fnmatch.filter(manifest["models"], pattern)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is no manifest of a bundle: {error!r}") from None
     if not models:
         raise ValueError(f"no model of {folder} matches {pattern}")
     if delegate and compiled_path.is_file():
-        compiled = {r["model"]: r for r in read_records(compiled_path)[0] if "compiled" in r}
+        records = read_records(compiled_path)[0]
+        compiled = {str(r.get("model")): r for r in records if "compiled" in r}
         compilers = sorted({str(record.get("compiler")) for record in compiled.values()})
-        files = {m: folder / compiled[m]["compiled"] if m in compiled else None for m in models}
+        found = {m: str(compiled[m]["compiled"]) for m in models if m in compiled}
+        files = {m: _inside(folder, found[m]) if m in found else None for m in models}
         return digest, files, ", ".join(compilers) or None
     if delegate and "edgetpu" in delegate:
         raise FileNotFoundError(
             f"{folder} holds no {compiled_path.name}, and an Edge TPU runs compiled models only: "
             f"run the step compile on the bundle where edgetpu_compiler is installed"
         )
-    return digest, {model: folder / model for model in models}, None
+    return digest, {model: _inside(folder, model) for model in models}, None
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """A file of the bundle, which no path or link may leave."""
+    if "\0" in name or folder.resolve() not in (folder / name).resolve().parents:
+        raise ValueError(f"{folder}: expected paths and links inside the bundle, got {name!r}")
+    return folder / name
 
 
 def read_records(path: Path) -> tuple[list[dict[str, Any]], int]:
@@ -429,7 +450,7 @@ def read_records(path: Path) -> tuple[list[dict[str, Any]], int]:
     for number, line in enumerate(lines, 1):
         try:
             records.append(dict(json.loads(line)))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             raise ValueError(f"{path}:{number}: expected JSON, got {line[:60]!r}") from None
     return records, path.stat().st_size - len(torn)
 

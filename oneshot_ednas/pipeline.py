@@ -13,6 +13,7 @@ from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+from oneshot_ednas import distributed
 from oneshot_ednas.architecture import Architecture
 from oneshot_ednas.checkpoint import load_checkpoint
 from oneshot_ednas.config import ExperimentConfig, load_config
@@ -32,7 +33,7 @@ from oneshot_ednas.multi_trial.trials import TrialStore, read_trials
 from oneshot_ednas.progress import progress_bar
 from oneshot_ednas.ranking import Candidate, rank_candidates
 from oneshot_ednas.report import RunPictures, write_report
-from oneshot_ednas.retrain import retrain
+from oneshot_ednas.retrain import Watch, retrain, unwatched
 from oneshot_ednas.run_folder import Experiment, RunFiles, versions
 from oneshot_ednas.schema import read_json
 from oneshot_ednas.search import OneShotSearch, resume_search
@@ -87,13 +88,22 @@ class Run(Experiment, ABC):
         seeds = range(self.config.retrain.num_seeds)
         trainings = [(architecture, f"retrain.seed_{number}", number) for number in seeds]
         trainings += [(one, f"baseline.{name}", 0) for name, one in self.baselines.items()]
-        for _, stage, _ in trainings:
-            self._take_in(stage)  # what a stopped run on workers left
+        if distributed.is_main():
+            for _, stage, _ in trainings:
+                self._take_in(stage)  # what a stopped run on workers left
+        distributed.barrier()
         trainings = [training for training in trainings if not self._is_trained(training[1])]
         if isinstance(self.workers.executor, SerialExecutor):
             for architecture, stage, number in trainings:
                 with self.timed(stage) as add_time:
-                    self.train_network(architecture, stage, number, self.files.folder, add_time)
+                    self.train_network(
+                        architecture,
+                        stage,
+                        number,
+                        self.files.folder,
+                        add_time,
+                        watch=partial(self.watched, stage),
+                    )
         else:
             self._train_on_workers(trainings)
 
@@ -104,6 +114,7 @@ class Run(Experiment, ABC):
         number: int,
         log_folder: Path,
         on_save: Callable[[], None] = lambda: None,
+        watch: Watch = unwatched,
     ) -> Network:
         """Train one network, or read it back.
 
@@ -113,6 +124,7 @@ class Run(Experiment, ABC):
             number: of the seed: 0 is the run's own, others are derived from it.
             log_folder: where the log goes.
             on_save: called after each checkpoint.
+            watch: what the steps run in.
 
         Raises:
             Interrupted: after Ctrl-C, once the checkpoint is written.
@@ -132,6 +144,7 @@ class Run(Experiment, ABC):
             seed=derived_seed(self.config.seed, "retrain", number) if number else self.config.seed,
             device=self.device,
             on_save=on_save,
+            watch=watch,
         )
 
     def _train_on_workers(self, trainings: Sequence[tuple[Architecture, str, int]]) -> None:
@@ -191,6 +204,7 @@ class Run(Experiment, ABC):
             "baselines": baselines,
             "cost": self._cost(architecture),
             "seconds": self.seconds,
+            "memory": self.memory,
             "seed": self.config.seed,
             "num_frames": {"train": len(self.train), "test": len(self.test)},
             "date": datetime.date.today().isoformat(),
@@ -319,8 +333,9 @@ class OneShotRun(Run):
     def find(self) -> None:
         """Search, then derive."""
         self.search()
-        if not self.files.architecture.exists():
+        if distributed.is_main() and not self.files.architecture.exists():
             self.derive()
+        distributed.barrier()
 
     def finish(self) -> dict[str, Any]:
         """Evaluate, export and report; returns the results."""
@@ -348,8 +363,12 @@ class OneShotRun(Run):
         resume_search(search, self.files.checkpoint("search"))
         return search
 
-    def search(self) -> None:
-        """Train the supernet and alpha."""
+    def search(self, on_save: Callable[[], None] = lambda: None) -> None:
+        """Train the supernet and alpha.
+
+        Args:
+            on_save: called after each checkpoint.
+        """
         search = self.one_shot
         if search.step == self.config.search.steps:
             return
@@ -361,7 +380,14 @@ class OneShotRun(Run):
         if self.target_ms >= self.costs.max_latency_ms:
             note("search: warning: every architecture is inside this target; it asks for nothing")
         with self.timed("search") as add_time:
-            search.run(self.files.folder, self.files.checkpoint("search"), self._validate, add_time)
+
+            def saved() -> None:
+                add_time()
+                on_save()
+
+            with self.watched("search", search, self.config.search.steps - search.step):
+                checkpoint = self.files.checkpoint("search")
+                search.run(self.files.folder, checkpoint, self._validate, saved)
         for alarm in search.alarms():
             note(f"search: warning: {alarm}")
 
@@ -621,10 +647,13 @@ def _reopened(folder: Path) -> Run:
 
 
 def run_all(run: Run) -> dict[str, Any]:
-    """All stages that are not done yet, in order; returns the results."""
+    """All stages that are not done yet, in order; returns the results.
+
+    Of several processes the main one alone derives, evaluates and writes; the others return {}.
+    """
     run.find()
     run.retrain()
-    return run.finish()
+    return run.finish() if distributed.is_main() else {}
 
 
 def _probabilities(search: OneShotSearch) -> dict[str, dict[str, float]]:

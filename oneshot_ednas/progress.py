@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -27,10 +26,10 @@ def terminal_progress(
     """
     console = Console(stderr=True)
     return Progress(
-        TextColumn("[bold]{task.description}"),
+        TextColumn("{task.description}", style="bold", markup=False),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
-        *([TextColumn(unit)] if unit else []),
+        *([TextColumn(unit, markup=False)] if unit else []),
         TimeRemainingColumn(),
         *more,
         console=console,
@@ -51,5 +50,5 @@ def progress_bar(text: str, total: int, done: int = 0) -> Iterator[Callable[[], 
 def counting_bar(text: str, unit: str = "") -> Iterator[Callable[[int, int], None]]:
     """A bar that vanishes at the end; gives what sets it to what is done and what there is."""
     with terminal_progress(unit=unit, is_transient=True) as progress:
-        bar = progress.add_task(escape(text), total=None)
+        bar = progress.add_task(text, total=None)
         yield lambda done, total: progress.update(bar, completed=done, total=total)

@@ -5,6 +5,7 @@ Source: Jang et al., "Categorical Reparameterization with Gumbel-Softmax", ICLR 
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -27,6 +28,27 @@ class BlockGates(NamedTuple):
 
 Gates = tuple[BlockGates, ...]
 """One `BlockGates` per block; a decision with one option has the constant gate 1."""
+
+
+class HardGates(tuple[BlockGates, ...]):
+    """Gates of which exactly one per decision is not 0, with what the host knows of them."""
+
+    architecture: Architecture
+    """What they choose."""
+    idle_ops: tuple[tuple[int, ...], ...]
+    """Per block, the indices of the ops whose gate is 0: nothing in them has a gradient."""
+
+    def __new__(
+        cls, gates: Iterable[BlockGates], space: SearchSpace, architecture: Architecture
+    ) -> "HardGates":
+        """Gates of all blocks, and the architecture that they choose."""
+        found = super().__new__(cls, gates)
+        found.architecture = architecture
+        found.idle_ops = tuple(
+            tuple(index for index, op in enumerate(spec.ops) if op != block.op)
+            for spec, block in zip(space.blocks, architecture.blocks, strict=True)
+        )
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +150,7 @@ class ArchitectureParameters(nn.Module):
         hard: bool = False,
         generator: torch.Generator | None = None,
     ) -> Gates:
-        """Gumbel-softmax gates.
+        """Gumbel-softmax gates; hard ones are `HardGates`, for which the host waits once.
 
         Args:
             temperature: positive; gates tend to one-hot as it falls.
@@ -139,7 +161,11 @@ class ArchitectureParameters(nn.Module):
             ValueError: if the temperature is not positive.
         """
         logits = self.padded_logits()
-        return self._split(gumbel_softmax(logits, temperature, hard=hard, generator=generator))
+        gates = gumbel_softmax(logits, temperature, hard=hard, generator=generator)
+        if not hard:
+            return self._split(gates)
+        chosen = self.space.decode(gates.detach().argmax(1).tolist())
+        return HardGates(self._split(gates), self.space, chosen)
 
     def log_probability(self, architecture: Architecture) -> Float[Tensor, ""]:
         """Log of the probability of an architecture under softmax(alpha), with gradient.
@@ -194,6 +220,8 @@ class ArchitectureParameters(nn.Module):
 
 def largest_gates(space: SearchSpace, gates: Gates) -> Architecture:
     """The architecture of each choice's largest gate: the one that hard gates run."""
+    if isinstance(gates, HardGates):
+        return gates.architecture
     largest = [getattr(gates[choice.block - 1], choice.field).argmax() for choice in space.choices]
     # One transfer for all.
     return space.decode(torch.stack(largest).tolist())

@@ -3,6 +3,7 @@
 import json
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from oneshot_ednas import distributed
 from oneshot_ednas.architecture import Architecture
 from oneshot_ednas.balancing import FIXED, BalancingConfig
 from oneshot_ednas.checkpoint import load_checkpoint, save_checkpoint
 from oneshot_ednas.data.packed import PackedSplit
 from oneshot_ednas.data.transforms import AugmentConfig
+from oneshot_ednas.determinism import random_state, set_random_state
 from oneshot_ednas.guard import StepGuard
 from oneshot_ednas.models.network import Network, build_network, recalibrate_bn
 from oneshot_ednas.space import SearchSpace
@@ -52,6 +55,8 @@ class RetrainConfig:
     """Batches behind the final BN statistics, which a running average of few steps gets wrong."""
     precision: Precision = "float32"
     """Of the convolutions in training; networks are scored in float32."""
+    sync_bn: bool = True
+    """In several processes: BN statistics over the frames of all of them."""
     compile: bool = False
     """Compile the network's training step with `torch.compile`; where that fails, go on without."""
     loop: LoopConfig = LoopConfig()
@@ -119,6 +124,10 @@ class NetworkTraining:
 
     def take_step(self, step: int) -> dict[str, float | Tensor]:
         """One step; returns numbers to log."""
+        with distributed.shared_step(sync_bn=self.config.sync_bn):
+            return self._take_step(step)
+
+    def _take_step(self, step: int) -> dict[str, float | Tensor]:
         config = self.config
         seed_step(self.seed, "retrain", step)
         config.optimizer.apply(self.optimizer, step, config.steps)
@@ -136,6 +145,7 @@ class NetworkTraining:
         losses = task_losses(self.tasks, outputs, batch)
         loss, balance = self.balancing.loss(losses), self.balancing.values()
         loss.backward()
+        distributed.sum_gradients(self.network.parameters())
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), config.optimizer.max_norm)
         self.guard.take(self.optimizer, norm, [losses], step=step, networks=[self.label])
         self.balancing.end_step(losses)
@@ -164,6 +174,7 @@ class NetworkTraining:
             "network": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "balancing": self.balancing.state_dict(),
+            **random_state(self.device),
         }
 
     def resume(self, checkpoint: Path) -> int:
@@ -185,6 +196,7 @@ class NetworkTraining:
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.guard.num_skipped = state.get("num_skipped", 0)
+        set_random_state(state, self.device)
         return int(state["step"])
 
 
@@ -261,6 +273,15 @@ def compile_or_warn(network: nn.Module, images: Tensor, precision: Precision) ->
             value.copy_(held[name])
 
 
+Watch = Callable[[NetworkTraining, int], AbstractContextManager[None]]
+"""From a training and the number of its steps that are left to what they run in."""
+
+
+def unwatched(_training: NetworkTraining, _num_steps: int) -> AbstractContextManager[None]:
+    """Nothing around the steps."""
+    return nullcontext()
+
+
 def parameter_groups(network: nn.Module, lr_scales: Mapping[str, float]) -> list[ParameterGroup]:
     """The weights of a network by the factor of their learning rate.
 
@@ -302,6 +323,7 @@ def retrain(
     seed: int,
     device: torch.device,
     on_save: Callable[[], None] = lambda: None,
+    watch: Watch = unwatched,
 ) -> Network:
     """Train an architecture's network from scratch, or go on from its checkpoint.
 
@@ -318,6 +340,7 @@ def retrain(
         seed: of weights, order and augmentation.
         device: where to train.
         on_save: called after each checkpoint.
+        watch: what the steps run in, for example `RunFolder.watched`.
 
     Returns:
         The trained network with recalibrated BN statistics.
@@ -338,7 +361,7 @@ def retrain(
         seed=seed,
         device=device,
     )
-    train_to_end(training, folder=folder, checkpoint=checkpoint, on_save=on_save)
+    train_to_end(training, folder=folder, checkpoint=checkpoint, on_save=on_save, watch=watch)
     return training.network
 
 
@@ -348,6 +371,7 @@ def train_to_end(
     folder: Path,
     checkpoint: Path,
     on_save: Callable[[], None] = lambda: None,
+    watch: Watch = unwatched,
 ) -> nn.Module:
     """Take the steps of a new training that are left, from its checkpoint on where there is one.
 
@@ -356,6 +380,7 @@ def train_to_end(
         folder: the run folder, for the log.
         checkpoint: the checkpoint file.
         on_save: called after each checkpoint.
+        watch: what the steps run in, for example `RunFolder.watched`.
 
     Returns:
         The trained network with recalibrated BN statistics.
@@ -377,8 +402,9 @@ def train_to_end(
     def save(done: int) -> None:
         if done == config.steps:
             training.recalibrate()
-        save_checkpoint(checkpoint, training.state_dict(done))
-        on_save()
+        if distributed.is_main():
+            save_checkpoint(checkpoint, training.state_dict(done))
+            on_save()
 
     def describe(values: Mapping[str, float]) -> str:
         return "  ".join(
@@ -386,6 +412,9 @@ def train_to_end(
             + [f"{name} {values[f'loss/{name}']:.3f}" for name in training.tasks]
         )
 
-    with StageLog(folder, training.stage, total=config.steps, start=start) as log:
+    with (
+        watch(training, config.steps - start),
+        StageLog(folder, training.stage, total=config.steps, start=start) as log,
+    ):
         run_steps(log, training.take_step, save, describe, config.loop, training.guard)
     return training.network

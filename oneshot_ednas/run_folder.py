@@ -6,24 +6,27 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic
 
 import numpy as np
 import torch
 
-from oneshot_ednas import __version__
+from oneshot_ednas import __version__, distributed
 from oneshot_ednas.architecture import Architecture
 from oneshot_ednas.config import C, ExperimentConfig, first_difference, what_defines
 from oneshot_ednas.data.order import split_indices
 from oneshot_ednas.data.packed import PackedSplit
 from oneshot_ednas.data.source import DataConfig, load_data
 from oneshot_ednas.data.targets import is_valid
+from oneshot_ednas.determinism import use_deterministic
 from oneshot_ednas.latency.costs import SpaceCosts
 from oneshot_ednas.latency.operations import network_macs
 from oneshot_ednas.latency.table import LatencyTable
+from oneshot_ednas.memory import Training, estimate_memory, watched_memory
 from oneshot_ednas.models.network import build_network
 from oneshot_ednas.reward import reward
 from oneshot_ednas.schema import dump_yaml, find_file, load_yaml, read_json
@@ -34,6 +37,8 @@ from oneshot_ednas.tasks import Task, make_tasks
 from oneshot_ednas.training import Metrics, accuracy_of, choose_device, numpy_generator
 from oneshot_ednas.trial import StandAloneTrainer
 
+MIN_WATCHED_STEPS = 20
+"""Memory is neither estimated nor measured for shorter trainings."""
 MAX_RANDOM_DRAWS = 20_000
 """Draws for a random architecture inside the target before giving up."""
 
@@ -119,6 +124,11 @@ class RunFiles:
         """Time per stage, over all sittings."""
         return self.folder / "seconds.json"
 
+    @property
+    def memory(self) -> Path:
+        """Bytes that each stage was expected to need, and its measured peak."""
+        return self.folder / "memory.json"
+
     def stage(self, stage: str) -> Path:
         """Log of a training that runs on a worker."""
         return self.folder / "stages" / stage
@@ -145,18 +155,26 @@ class RunFolder(Generic[C]):
         """
         self.config, self.files = config, RunFiles(folder)
         self.is_reopened = is_reopened
-        self.device = choose_device(config.device)
+        use_deterministic(is_wanted=config.deterministic)
+        self.device = distributed.own_device(choose_device(config.device))
         self.tasks: dict[str, Task] = make_tasks(config.tasks)
         self.out_channels = {name: task.out_channels for name, task in self.tasks.items()}
 
     def open(self, *, resume: bool) -> None:
         """Start the run folder, or go on with it; it is this process's until the run is gone.
 
+        Of several processes the main one has it, and the others wait until it is there.
+
         Raises:
             ValueError: if the folder holds another config, other contents or another data order,
                 something else than a run, or this run and `resume` was not asked for; or if another
                 process works in it.
         """
+        if distributed.is_main():
+            self._open(resume=resume)
+        distributed.barrier()
+
+    def _open(self, *, resume: bool) -> None:
         files, contents = self.files, self._contents
         if files.config.exists():
             difference = first_difference(
@@ -222,11 +240,41 @@ class RunFolder(Generic[C]):
 
         try:
             yield add
-        finally:
-            add()
+        except BaseException:
+            with suppress(OSError):  # the first error tells what is wrong
+                add()
+            raise
+        add()
+
+    @contextmanager
+    def watched(self, stage: str, training: Training, num_steps: int) -> Iterator[None]:
+        """Tell the memory that a stage needs before it, and keep it beside its peak after it.
+
+        Args:
+            stage: its name.
+            training: what it trains.
+            num_steps: that are left; the estimate costs about as much as a few.
+        """
+        if num_steps < MIN_WATCHED_STEPS:
+            yield
+            return
+        with watched_memory(stage, self.device, partial(estimate_memory, training)) as figures:
+            yield
+        if distributed.is_main():
+            before = self.memory.get(stage, {}).get("peak") or 0
+            peak = None if figures["peak"] is None else max(before, figures["peak"])
+            write_json(self.files.memory, self.memory | {stage: figures | {"peak": peak}})
+
+    @property
+    def memory(self) -> dict[str, dict[str, int | None]]:
+        """Bytes per stage, `estimated` and at the `peak` over all sittings."""
+        path = self.files.memory
+        return dict(read_json(path)) if path.exists() else {}
 
     def add_seconds(self, stage: str, spent: float) -> None:
         """Add to the time of a stage."""
+        if not distributed.is_main():
+            return
         seconds = self.seconds
         spent += seconds.get(stage, 0.0)
         write_json(self.files.seconds, seconds | {stage: round(spent, 4)})
@@ -441,6 +489,8 @@ class Experiment(Problem):
         self.indices = self.frames.indices
         self.frames.check_batches("search.batch_size", config.search.batch_size, "weights", "alpha")
         self.frames.check_batches("retrain.batch_size", config.retrain.batch_size)
+        distributed.check_batch_size("search.batch_size", config.search.batch_size)
+        distributed.check_batch_size("retrain.batch_size", config.retrain.batch_size)
         self.baselines = {name: self.baseline(name) for name in config.baselines}
         self.frames.check_scored(self.tasks)
 
@@ -532,11 +582,13 @@ def _git_revision() -> str:
 def versions(device: torch.device) -> dict[str, str]:
     """What a result depends on besides config and data."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    count = distributed.count()
+    processes = f", {count} processes" if count > 1 else ""
     return {
         "oneshot_ednas": __version__,
         "git_revision": _git_revision(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
-        "device": f"{device.type} ({name}), {torch.get_num_threads()} threads",
+        "device": f"{device.type} ({name}), {torch.get_num_threads()} threads{processes}",
     }

@@ -8,13 +8,27 @@ import difflib
 import importlib
 import json
 import math
+import reprlib
 import types
 import typing
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import yaml
+
+from oneshot_ednas.parsing import (
+    JSON_BYTES,
+    YAML_BYTES,
+    YAML_DEPTH,
+    compose_yaml,
+    is_text,
+    one_line,
+    parse_json,
+    read_limited,
+)
 
 T = TypeVar("T")
 
@@ -23,6 +37,8 @@ _SCALAR_TAGS = {
     bool: ("tag:yaml.org,2002:bool",),
     int: ("tag:yaml.org,2002:int",),
 }
+MAX_DIGITS = 100
+"""Of a number; one of 64 bits takes 20, and 66 where it is written in binary."""
 _TYPE_WORDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
 
 
@@ -81,26 +97,22 @@ def load_yaml(path: Path, cls: type[T], *, overrides: Iterable[str] = ()) -> T:
             dataclass itself refuses; the message names file and line.
         FileNotFoundError: if there is no such file.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
     return parse_yaml(read_text(path), cls, source=str(path), overrides=overrides)
 
 
 def read_text(path: Path) -> str:
-    """Text of a UTF-8 file.
+    """Text of a UTF-8 file that people write.
 
     Raises:
-        ValueError: if it is no UTF-8 text; names the file.
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is larger than any of these, or no UTF-8 text; names the file.
     """
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected UTF-8 text, got {error.reason}") from None
+    return read_limited(path, YAML_BYTES)
 
 
 def parse_yaml(text: str, cls: type[T], *, source: str, overrides: Iterable[str] = ()) -> T:
     """Like `load_yaml`, for text; `source` names it in messages."""
-    root = _compose(text, source)
+    root = compose_yaml(text, source)
     if root is None:
         root = yaml.MappingNode("tag:yaml.org,2002:map", [], None, None)
     for override in overrides:
@@ -109,18 +121,13 @@ def parse_yaml(text: str, cls: type[T], *, source: str, overrides: Iterable[str]
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file.
+    """Read a JSON file; see `parse_json`.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is not JSON; names the file.
+        ValueError: if it is not JSON, or beyond the limits; names the file.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from None
+    return parse_json(read_limited(path, JSON_BYTES), str(path))
 
 
 def load_json(path: Path, cls: type[T]) -> T:
@@ -130,23 +137,13 @@ def load_json(path: Path, cls: type[T]) -> T:
         FileNotFoundError: if there is no such file.
         ValueError: as for `load_yaml`; the message names file and key, not the line.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
-    try:
-        root = json.loads(read_text(path), object_pairs_hook=_json_mapping)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from None
-    return cast(T, _Reader(str(path)).read(_json_node(root), cls, ""))
-
-
-def _json_mapping(pairs: list[tuple[str, Any]]) -> yaml.Node:
-    nodes = [(_json_node(key), _json_node(value)) for key, value in pairs]
-    return yaml.MappingNode("tag:yaml.org,2002:map", nodes)
+    return cast(T, _Reader(str(path)).read(_json_node(read_json(path)), cls, ""))
 
 
 def _json_node(value: Any) -> yaml.Node:
-    if isinstance(value, yaml.Node):
-        return value
+    if isinstance(value, dict):
+        pairs = [(_json_node(key), _json_node(item)) for key, item in value.items()]
+        return yaml.MappingNode("tag:yaml.org,2002:map", pairs)
     if isinstance(value, list):
         return yaml.SequenceNode("tag:yaml.org,2002:seq", [_json_node(item) for item in value])
     kind = "null" if value is None else type(value).__name__
@@ -212,29 +209,22 @@ def imported(name: str, cls: type[T] | None = None, *, what: str) -> Any:
     return found
 
 
-def _compose(text: str, source: str) -> yaml.Node | None:
-    try:
-        loader = yaml.SafeLoader(text)
-        loader.name = source  # marks carry it
-        return loader.get_single_node()
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark is not None else ""
-        problem = getattr(error, "problem", None) or "cannot be read"
-        raise ValueError(f"{source}{line}: not valid YAML: {problem}") from None
-
-
 def _apply_override(root: yaml.Node, override: str, source: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key.strip():
-        raise ValueError(f"--set {override}: expected key=value, for example search.steps=100")
-    value = _compose(text, f"--set {key}") or yaml.ScalarNode("tag:yaml.org,2002:null", "")
+        raise ValueError(
+            one_line(f"--set {override}: expected key=value, for example search.steps=100")
+        )
     node, parts = root, key.strip().split(".")
+    if len(parts) > YAML_DEPTH:
+        raise ValueError(f"--set: expected a key of at most {YAML_DEPTH} parts, got {len(parts)}")
+    value = compose_yaml(text, f"--set {key}") or yaml.ScalarNode("tag:yaml.org,2002:null", "")
     # Marks of the override, so that a message about its keys does not name a line of the file.
     marks = value.start_mark, value.end_mark
     for depth, part in enumerate(parts):
         if not isinstance(node, yaml.MappingNode):
-            raise ValueError(f"--set {override}: {'.'.join(parts[:depth])} has no keys in {source}")
+            before = ".".join(parts[:depth])
+            raise ValueError(one_line(f"--set {override}: {before} has no keys in {source}"))
         last = depth == len(parts) - 1
         match = [i for i, (k, _) in enumerate(node.value) if k.value == part]
         if last:
@@ -261,7 +251,7 @@ class _Reader:
         mark = node.start_mark
         # The mark's name is the file, or the override that the node came from.
         place = f"{mark.name}:{mark.line + 1}" if mark is not None else self.source
-        return ValueError(f"{place}: {message}")
+        return ValueError(one_line(f"{place}: {message}"))
 
     def read(self, node: yaml.Node, kind: Any, where: str) -> Any:
         origin = typing.get_origin(kind)
@@ -288,17 +278,17 @@ class _Reader:
             raise self.error(
                 node, f"{where or 'file'}: expected keys and values, got {_show(node)}"
             )
-        pairs: list[tuple[str, yaml.Node, yaml.Node]] = []
+        pairs: dict[str, tuple[str, yaml.Node, yaml.Node]] = {}
         for key, value in node.value:
-            if not isinstance(key, yaml.ScalarNode):
+            if not isinstance(key, yaml.ScalarNode) or not is_text(key.value):
                 raise self.error(key, f"{where or 'file'}: expected a plain key, got {_show(key)}")
-            if any(key.value == seen for seen, _, _ in pairs):
+            if key.value in pairs:
                 raise self.error(key, f"duplicate key {_join(where, key.value)}")
-            pairs.append((key.value, key, value))
-        return pairs
+            pairs[key.value] = (key.value, key, value)
+        return list(pairs.values())
 
     def _dataclass(self, node: yaml.Node, cls: type, where: str) -> object:
-        hints = typing.get_type_hints(cls)
+        hints = _hints(cls)
         fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
         values = {}
         for key, key_node, value_node in self._pairs(node, where):
@@ -324,7 +314,7 @@ class _Reader:
         others = [kind for kind in kinds if kind is not type(None)]
         if len(others) == 1:
             return self.read(node, others[0], where)
-        tagged = _by_kind(others)
+        tagged = _by_kind(tuple(others))
         if tagged:
             return self._tagged(node, tagged, where)
         messages = []
@@ -359,12 +349,14 @@ class _Reader:
             for i, (item, kind) in enumerate(zip(node.value, kinds, strict=True))
         )
 
-    def _scalar(self, node: yaml.Node, kind: type, where: str) -> Any:
+    def _scalar(self, node: yaml.Node, kind: Any, where: str) -> Any:
         expected = _TYPE_WORDS.get(kind, kind.__name__)
         wrong = self.error(node, f"{where}: expected {expected}, got {_show(node)}")
         if not isinstance(node, yaml.ScalarNode) or node.tag == "tag:yaml.org,2002:null":
             raise wrong
         if kind in (str, Path):
+            if not is_text(node.value):
+                raise wrong
             return kind(node.value)
         if kind is float:
             # PyYAML takes 1e-3 for text, so numbers are converted from their spelling.
@@ -379,17 +371,32 @@ class _Reader:
             raise TypeError(f"{where}: fields of type {kind} cannot be read from YAML")
         if node.tag not in _SCALAR_TAGS[kind]:
             raise wrong
-        try:
-            return json.loads(node.value)  # nearly all are spelt so, and YAML is slow
-        except ValueError:
-            return yaml.safe_load(node.value)
+        found = _constructed(node)
+        if type(found) is not kind or not -(2**63) <= found < 2**63:
+            raise wrong
+        return found
 
 
-def _by_kind(kinds: list[Any]) -> dict[str, type]:
+def _constructed(node: yaml.ScalarNode) -> Any:
+    """The number, or true or false, that a node stands for; None for none, or a very long one."""
+    if len(node.value) > MAX_DIGITS:
+        return None
+    with suppress(ValueError, LookupError):  # a tag may say what the text is not
+        return yaml.constructor.SafeConstructor().construct_object(node)
+    return None
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+@cache
+def _by_kind(kinds: tuple[Any, ...]) -> dict[str, type]:
     """The dataclasses of a union by the value of their field `kind`; empty if one has none."""
     found: dict[str, type] = {}
     for cls in kinds:
-        hint = typing.get_type_hints(cls).get("kind") if dataclasses.is_dataclass(cls) else None
+        hint = _hints(cast(type, cls)).get("kind") if dataclasses.is_dataclass(cls) else None
         if typing.get_origin(hint) is not typing.Literal:
             return {}
         found |= {value: cast(type, cls) for value in typing.get_args(hint)}
@@ -402,5 +409,5 @@ def _join(where: str, key: str) -> str:
 
 def _show(node: yaml.Node) -> str:
     if isinstance(node, yaml.ScalarNode):
-        return "nothing" if node.tag == "tag:yaml.org,2002:null" else repr(node.value)
+        return "nothing" if node.tag == "tag:yaml.org,2002:null" else reprlib.repr(node.value)
     return "a list" if isinstance(node, yaml.SequenceNode) else "keys and values"

@@ -17,11 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from oneshot_ednas import distributed
 from oneshot_ednas.architecture import Architecture
 from oneshot_ednas.balancing import FIXED, BalancingConfig
 from oneshot_ednas.checkpoint import load_checkpoint, save_checkpoint
 from oneshot_ednas.data.packed import PackedSplit
 from oneshot_ednas.data.transforms import AugmentConfig
+from oneshot_ednas.determinism import random_state, set_random_state
 from oneshot_ednas.guard import Losses, Network, StepGuard, fused_adam
 from oneshot_ednas.latency.expected import expected_latency
 from oneshot_ednas.latency.operations import network_macs, relaxed_macs
@@ -30,7 +32,9 @@ from oneshot_ednas.models.blocks import SharingConfig
 from oneshot_ednas.models.network import build_network
 from oneshot_ednas.relaxation import (
     ArchitectureParameters,
+    BlockGates,
     Gates,
+    HardGates,
     TemperatureConfig,
     largest_gates,
 )
@@ -42,6 +46,7 @@ from oneshot_ednas.training import (
     OptimizerConfig,
     Precision,
     StageLog,
+    distillation_losses,
     forward,
     numpy_generator,
     run_steps,
@@ -108,6 +113,13 @@ class SearchConfig:
     Source: strict fairness of FairNAS (Chu et al., ICCV 2021, section 3.2)."""
     num_paths: int = 1
     """Architectures drawn per weight step; the weights move by their mean gradient."""
+    paths_per_rank: Literal["same", "different"] = "same"
+    """In several processes: `same` draws `num_paths` for all, and a step comes out as in one;
+    `different` draws them for each, so that a step trains more architectures on fewer frames
+    each, with BN statistics of each process's frames."""
+    sync_bn: bool = True
+    """In several processes: BN statistics over the frames of all of them, where they run the same
+    architecture."""
     sandwich: bool = True
     """Train the smallest and the largest architecture in each weight step too: of all trainings
     that were compared, such a supernet ranks architectures best (docs/supernet_ranking.md).
@@ -154,10 +166,14 @@ class SearchConfig:
                 f"expected alpha_learning_rate > 0 and alpha_weight_decay >= 0, got "
                 f"{self.alpha_learning_rate} and {self.alpha_weight_decay}"
             )
-        if self.mode == "joint" and (self.sandwich or self.alpha_every != 1 or self.num_paths != 1):
+        if self.mode == "joint" and (
+            self.sandwich
+            or (self.alpha_every, self.num_paths, self.paths_per_rank) != (1, 1, "same")
+        ):
             raise ValueError(
                 "mode joint has no weight steps of its own: sandwich, distillation, num_paths and "
-                "alpha_every belong to mode alternating; set sandwich: false and leave the others"
+                "alpha_every belong to mode alternating; set sandwich: false and leave the others, "
+                "and paths_per_rank"
             )
         if self.distillation and not self.sandwich:
             raise ValueError("distillation needs sandwich: true, whose largest network teaches")
@@ -261,9 +277,7 @@ class OneShotSearch:
             "optimizer": self.optimizer.state_dict(),
             "alpha_optimizer": self.alpha_optimizer.state_dict(),
             "balancing": self.balancing.state_dict(),
-            # Order and draws are functions of seed and step; torch's own state is kept for
-            # code that draws from it, such as a user's task.
-            "torch_random_state": torch.get_rng_state(),
+            **random_state(self.device),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -289,7 +303,7 @@ class OneShotSearch:
         self.guard.num_skipped = state.get("num_skipped", 0)
         self.sampled, self.collapsed = state["sampled"], state["collapsed"]
         self.macs = state.get("macs", math.nan)
-        torch.set_rng_state(state["torch_random_state"])
+        set_random_state(state, self.device)
 
     def run(
         self,
@@ -317,7 +331,7 @@ class OneShotSearch:
             self.step = step + 1
             if step % (10 * self.config.loop.log_every) == 0:
                 log.histogram(step, "alpha/logits", self.alpha.logits)
-            if step in validated:
+            if step in validated and distributed.is_main():
                 scores, macs = validate()
                 self.macs += macs
                 log.scalars(step, {**scores, "validation/macs": self.macs})
@@ -326,8 +340,9 @@ class OneShotSearch:
             return values
 
         def save(_: int) -> None:
-            save_checkpoint(checkpoint, self.state_dict())
-            on_save()
+            if distributed.is_main():
+                save_checkpoint(checkpoint, self.state_dict())
+                on_save()
 
         validated = self.config.validation_steps
 
@@ -352,12 +367,17 @@ class OneShotSearch:
 
     def take_step(self, step: int) -> dict[str, float | Tensor]:
         """One weight step and, after the warm-up, its alpha step; returns numbers to log."""
+        with distributed.shared_step(sync_bn=self.config.sync_bn):
+            return self._take_step(step)
+
+    def _take_step(self, step: int) -> dict[str, float | Tensor]:
         seed_step(self.seed, "search", step)
         self.config.optimizer.apply(self.optimizer, step, self.config.steps)
         is_warm_up = step < self.config.warmup_steps
         if self.config.mode == "joint" and not is_warm_up:
             return self._joint_step(step)
-        values = self._weight_step(step, uniform=is_warm_up)
+        with distributed.own_statistics(self.config.paths_per_rank == "different"):
+            values = self._weight_step(step, uniform=is_warm_up)
         if not is_warm_up and step % self.config.alpha_every == 0:
             values |= self._alpha_step(step)
         else:
@@ -368,21 +388,17 @@ class OneShotSearch:
     def _weight_step(self, step: int, *, uniform: bool) -> dict[str, float | Tensor]:
         batch = self._batch("weights", step)
         self.optimizer.zero_grad(set_to_none=True)
-        paths = self.sample_paths(step, uniform=uniform)
-        runs = paths
-        if self.config.sandwich:
-            largest = self.space.extreme(paths[0], largest=True)
-            runs = [largest, *paths, self.space.extreme(paths[-1], largest=False)]
+        drawn = self._paths_of_all(step, uniform=uniform)
+        distributed.check_agreement(drawn, "the architectures of a step")
+        paths = drawn[distributed.share() % len(drawn)]
+        runs = self._with_extremes(paths)
         first: dict[str, Tensor] | None = None
         total, logged = torch.zeros(()), dict[str, Tensor]()
         balance, trained = self.balancing.values(), list[dict[str, Tensor]]()
         for architecture in runs:
             outputs = self._forward(batch, architecture)
             if first is not None and self.config.distillation:
-                losses = {
-                    name: task.distillation_loss(outputs[name], first[name])
-                    for name, task in self.tasks.items()
-                }
+                losses = distillation_losses(self.tasks, outputs, first)
             else:
                 losses = task_losses(self.tasks, outputs, batch)
             loss = self.balancing.loss(losses)
@@ -392,15 +408,30 @@ class OneShotSearch:
                 first = {name: output.detach() for name, output in outputs.items()}
             if architecture is paths[0]:
                 total, logged = loss.detach(), trained[-1]
+        # Of all processes: each has the whole account.
+        for architecture in [one for of_rank in drawn for one in self._with_extremes(of_rank)]:
             self._count(architecture)
-            self._spend(
-                network_macs(self.space, architecture, self._image_size, self.out_channels), batch
-            )
+            macs = network_macs(self.space, architecture, self._image_size, self.out_channels)
+            self._spend(macs, self.config.batch_size // len(drawn))
         self._weights_update(step, trained, runs)
         self.balancing.end_step(*trained)
         values: dict[str, float | Tensor] = {"loss/weights": total}
         values |= {f"loss/{name}": loss for name, loss in logged.items()}
         return values | balance
+
+    def _paths_of_all(self, step: int, *, uniform: bool) -> list[list[Architecture]]:
+        """What each process trains; one list where it is the same."""
+        count = distributed.shares() if self.config.paths_per_rank == "different" else 1
+        return [
+            self.sample_paths(step, uniform=uniform, rank=rank, num_ranks=count)
+            for rank in range(count)
+        ]
+
+    def _with_extremes(self, paths: list[Architecture]) -> list[Architecture]:
+        if not self.config.sandwich:
+            return paths
+        largest = self.space.extreme(paths[0], largest=True)
+        return [largest, *paths, self.space.extreme(paths[-1], largest=False)]
 
     def _forward(self, batch: Batch, run: Architecture | Gates) -> dict[str, Tensor]:
         return forward(self.supernet, batch["image"], run, precision=self.config.precision)
@@ -408,6 +439,7 @@ class OneShotSearch:
     def _weights_update(
         self, step: int, losses: Sequence[Losses], networks: Sequence[Network], what: str = ""
     ) -> None:
+        distributed.sum_gradients(self.supernet.parameters())
         norm = torch.nn.utils.clip_grad_norm_(
             self.supernet.parameters(), self.config.optimizer.max_norm
         )
@@ -416,7 +448,7 @@ class OneShotSearch:
     def _alpha_step(self, step: int) -> dict[str, float | Tensor]:
         batch = self._batch("alpha", step)
         gates = self._gates(step)
-        run = partial(largest_gates, self.space, gates)
+        run = self._named(gates)
         # Of alpha only: so nothing is kept for the gradients of weights that no gate mixes.
         self.supernet.requires_grad_(False)
         losses = task_losses(self.tasks, self._forward(batch, gates), batch)
@@ -424,7 +456,7 @@ class OneShotSearch:
         (task_gradient,) = torch.autograd.grad(loss, self.alpha.logits)
         self.supernet.requires_grad_(True)
         # Counted in full, although the gradient of the projections' weights is left out.
-        self._spend(self._relaxed_macs, batch)
+        self._spend(self._relaxed_macs, self.config.batch_size)
         values = self._alpha_update(step, task_gradient, losses, run)
         values["loss/alpha"] = loss.detach()
         return values
@@ -435,7 +467,7 @@ class OneShotSearch:
         self.optimizer.zero_grad(set_to_none=True)
         self.alpha_optimizer.zero_grad(set_to_none=True)
         gates = self._gates(step)
-        run = partial(largest_gates, self.space, gates)
+        run = self._named(gates)
         losses = task_losses(self.tasks, self._forward(batch, gates), batch)
         # One backward pass serves weights, alpha and what the balancing learns. The tasks' weights
         # are constants to alpha here, too: they do not depend on it.
@@ -444,7 +476,7 @@ class OneShotSearch:
         self._weights_update(step, [losses], [run], " (joint)")
         self.balancing.end_step(losses)
         self._count(run())
-        self._spend(self._relaxed_macs, batch)
+        self._spend(self._relaxed_macs, 2 * self.config.batch_size)
         assert self.alpha.logits.grad is not None
         values = self._alpha_update(step, self.alpha.logits.grad, losses, run)
         values |= {"temperature": self._temperature(step), "loss/weights": loss.detach()}
@@ -455,8 +487,8 @@ class OneShotSearch:
     def _image_size(self) -> tuple[int, int]:
         return self.splits["weights"].height, self.splits["weights"].width
 
-    def _spend(self, forward_macs: int, batch: Mapping[str, Tensor]) -> None:
-        self.macs += training_macs(forward_macs, len(batch["image"]))
+    def _spend(self, forward_macs: int, num_frames: int) -> None:
+        self.macs += training_macs(forward_macs, num_frames)
 
     def _temperature(self, step: int) -> float:
         return self.config.temperature.at(self.config.progress(step))
@@ -466,10 +498,19 @@ class OneShotSearch:
         hard = self.config.gates == "hard"
         return self.alpha.gates(self._temperature(step), hard=hard, generator=generator)
 
+    def _named(self, gates: Gates) -> Callable[[], Architecture]:
+        """What gives the architecture of the largest gates, without holding their graph."""
+        if isinstance(gates, HardGates):
+            architecture = gates.architecture
+            return lambda: architecture
+        held = tuple(BlockGates(*(gate.detach() for gate in block)) for block in gates)
+        return partial(largest_gates, self.space, held)
+
     def _alpha_update(
         self, step: int, task_gradient: Tensor, losses: Losses, run: Network
     ) -> dict[str, float | Tensor]:
         """Add the latency term's gradient, step alpha, move mu."""
+        task_gradient = distributed.total(task_gradient)
         latency = self.config.latency
         if latency.schedule == "ramp":
             self.mu.fill_(latency.weight * min(2 * self.config.progress(step), 1.0))
@@ -526,12 +567,22 @@ class OneShotSearch:
 
     # Architectures --------------------------------------------------------------------------
 
-    def sample_paths(self, step: int, *, uniform: bool) -> list[Architecture]:
-        """The architectures that a weight step draws: from softmax(alpha), in part uniform."""
-        generator = numpy_generator(self.seed, "path", step)
+    def sample_paths(
+        self, step: int, *, uniform: bool, rank: int = 0, num_ranks: int = 1
+    ) -> list[Architecture]:
+        """The architectures that a weight step draws: from softmax(alpha), in part uniform.
+
+        Args:
+            step: the step.
+            uniform: whether all draws are uniform.
+            rank: whose draws, of processes that draw for themselves.
+            num_ranks: how many these are.
+        """
+        generator = numpy_generator(self.seed, "path", step, *([rank] if rank else []))
         count = self.config.num_paths
+        first = (step * num_ranks + rank) * count
         is_fair = self.config.path_sampling == "fair"
-        dealt = [self._dealt(step * count + number) if is_fair else None for number in range(count)]
+        dealt = [self._dealt(first + number) if is_fair else None for number in range(count)]
         if uniform:
             return [
                 self.space.sample(generator) if indices is None else self.space.decode(indices)

@@ -24,18 +24,19 @@ from oneshot_ednas.deploy import deploy
 from oneshot_ednas.latency.table import LatencyTable
 from oneshot_ednas.models.macs import module_macs
 from oneshot_ednas.report import RunPictures, write_sharing_report
-from oneshot_ednas.retrain import NetworkTraining, train_to_end
+from oneshot_ednas.retrain import NetworkTraining, Watch, train_to_end, unwatched
 from oneshot_ednas.reward import deltas
 from oneshot_ednas.run_folder import Frames, RunFolder, over_seeds, versions
 from oneshot_ednas.schema import find_file, read_json
 from oneshot_ednas.sharing.backbone import make_encoder
 from oneshot_ednas.sharing.branched import BranchedNetwork, branched_network, learning_rate_scales
 from oneshot_ednas.sharing.branching import Branching, nearest
+from oneshot_ednas.sharing.branching_search import BranchingSearch
 from oneshot_ednas.sharing.costs import BranchCosts, latency_costs, mac_costs
+from oneshot_ednas.sharing.operator_search import OperatorSearch
 from oneshot_ednas.sharing.operators import (
     OperatorNetwork,
 )
-from oneshot_ednas.sharing.resumable import ResumableSearch
 from oneshot_ednas.store import write_json
 from oneshot_ednas.tasks import lower_is_better
 from oneshot_ednas.training import Metrics, derived_seed, evaluate, note, numpy_generator
@@ -143,7 +144,7 @@ class SharingRun(RunFolder[TaskSharingConfig], ABC):
     def found_file(self) -> Path:
         """What the search found; it holds its figures, too. A run that has it takes it for done."""
 
-    def run_search(self, search: ResumableSearch, size: str) -> None:
+    def run_search(self, search: BranchingSearch | OperatorSearch, size: str) -> None:
         """Take the steps that are left, and tell what looks wrong.
 
         Args:
@@ -155,7 +156,11 @@ class SharingRun(RunFolder[TaskSharingConfig], ABC):
                 f"{self.command}: {self.encoder.name}, {size}, {len(self.tasks)} tasks, "
                 f"{search.config.steps} steps on {self.device}"
             )
-            with self.timed(self.method) as add_time:
+            left = search.config.steps - search.step
+            with (
+                self.timed(self.method) as add_time,
+                self.watched(self.method, search, left),
+            ):
                 search.run(self.files.folder, self.files.checkpoint(self.method), add_time)
         for alarm in search.alarms():
             note(f"{self.command}: warning: {alarm}")
@@ -272,10 +277,15 @@ class SharingRun(RunFolder[TaskSharingConfig], ABC):
                 stage = f"retrain.{name}.seed_{number}"
                 if not self._is_trained(stage):
                     with self.timed(stage) as add_time:
-                        self._train(plan, stage, number, add_time)
+                        self._train(plan, stage, number, add_time, partial(self.watched, stage))
 
     def _train(
-        self, plan: Plan, stage: str, number: int, on_save: Callable[[], None] = lambda: None
+        self,
+        plan: Plan,
+        stage: str,
+        number: int,
+        on_save: Callable[[], None] = lambda: None,
+        watch: Watch = unwatched,
     ) -> nn.Module:
         training = NetworkTraining(
             self.config.retrain,
@@ -295,6 +305,7 @@ class SharingRun(RunFolder[TaskSharingConfig], ABC):
             folder=self.files.folder,
             checkpoint=self.files.checkpoint(stage),
             on_save=on_save,
+            watch=watch,
         )
 
     def _is_trained(self, stage: str) -> bool:
@@ -316,6 +327,7 @@ class SharingRun(RunFolder[TaskSharingConfig], ABC):
             "networks": networks,
             "search": self.search_figures(),
             "seconds": self.seconds,
+            "memory": self.memory,
             "seed": self.config.seed,
             "num_frames": {"train": len(self.frames.train), "test": len(self.frames.test)},
             "date": datetime.date.today().isoformat(),

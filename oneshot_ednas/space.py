@@ -13,10 +13,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol, SupportsInt, runtime_checkable
 
-from oneshot_ednas.architecture import Architecture, BlockArchitecture
+from oneshot_ednas.architecture import MAX_BLOCKS, MAX_SIZE, Architecture, BlockArchitecture
 from oneshot_ednas.schema import dump_yaml, find_file, load_yaml, parse_yaml, shipped
 
 OPS = ("ibn", "fused_ibn")
+MAX_REPEATS = 100
+"""Levels and repetitions of the fusion, and convolutions of a head: no network has more."""
 CHOICE_FIELDS = ("op", "kernel_size", "expand_ratio", "filters")
 """The decisions of a block, in the order in which choices are listed and encoded."""
 
@@ -69,7 +71,10 @@ class BlockSpec:
             options = self.options(field)
             if not options or len(set(options)) != len(options):
                 raise ValueError(f"{field}: expected distinct options, got {list(options)}")
-            if field != "op" and (min(options) < 1 or list(options) != sorted(options)):
+            if field != "op" and (
+                not 1 <= min(options) <= max(options) <= MAX_SIZE
+                or list(options) != sorted(options)
+            ):
                 raise ValueError(
                     f"{field}: expected ascending positive options, got {list(options)}"
                 )
@@ -143,6 +148,17 @@ class SearchSpace:
                 f"fusion.tap_blocks: each tap needs twice the stride of the one before, "
                 f"got {strides}"
             )
+        if len(self.blocks) > MAX_BLOCKS:
+            raise ValueError(f"blocks: expected at most {MAX_BLOCKS}, got {len(self.blocks)}")
+        for label, value, most in (
+            ("stem_filters", self.stem_filters, MAX_SIZE),
+            ("fusion.channels", self.fusion.channels, MAX_SIZE),
+            ("fusion.num_levels", self.fusion.num_levels, MAX_REPEATS),
+            ("fusion.num_repeats", self.fusion.num_repeats, MAX_REPEATS),
+            ("head.num_convs", self.head.num_convs, MAX_REPEATS),
+        ):
+            if value > most:
+                raise ValueError(f"{label}: expected at most {most}, got {value}")
         if self.fusion.num_levels < max(2, len(taps)) or self.fusion.num_repeats < 1:
             raise ValueError(
                 f"fusion: expected num_levels >= {max(2, len(taps))} and num_repeats >= 1, "
@@ -492,7 +508,7 @@ class _BlockRow:
         widths = []
         for multiplier in own.filter_multipliers or defaults.filter_multipliers or (1.0,):
             width = self.filters * multiplier
-            if width != int(width):
+            if not abs(width) <= MAX_SIZE or width != int(width):
                 raise ValueError(
                     f"filters: {self.filters} x {multiplier} = {width:g} is not a whole number; "
                     f"list the filters of this block instead"

@@ -11,13 +11,18 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
+
+if sys.platform == "darwin":
+    import fcntl
 
 T = TypeVar("T")
 
@@ -45,6 +50,7 @@ _TRANSIENT = {
 _CURES = {
     errno.EACCES: "see that the folder can be written",
     errno.EDQUOT: "make room in your quota",
+    errno.EFBIG: "raise the limit of file sizes (ulimit -f)",
     errno.EIO: "check the disk",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
     errno.ENFILE: "raise the limit of open files",
@@ -57,6 +63,8 @@ _NO_LINKS = {errno.EMLINK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.
 """What file systems without hard links answer."""
 _NO_FOLDER_SYNC = {errno.EBADF, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
 """What file systems that cannot sync a folder answer."""
+_UNWRITTEN = "not written, what was there before is kept"
+_UNSAFE = "written, but a power cut may bring back what was there before"
 
 
 # Whole files --------------------------------------------------------------------------------
@@ -75,12 +83,19 @@ def write_bytes(path: Path, data: bytes, *, previous: Path | None = None) -> Non
     Raises:
         OSError: if it could not be written and read back; what was there stays as it was.
     """
+    _persist(path, lambda: _write(path, data, previous))
+    # Apart, since a second `_write` would keep the new file as the previous one.
+    _persist(path, lambda: sync_folder(path.parent), _UNSAFE)
+
+
+def _persist(path: Path, act: Callable[[], None], outcome: str = _UNWRITTEN) -> None:
+    """Do what writes a file, again after errors that may pass; `outcome` is what they lead to."""
     for wait in (*RETRY_SECONDS, None):
         try:
-            _write(path, data, previous)
+            act()
         except OSError as error:
             if wait is None or error.errno not in _TRANSIENT:
-                raise _not_written(path, error) from None
+                raise _not_written(path, error, outcome) from None
             time.sleep(wait)
         else:
             return
@@ -92,11 +107,9 @@ def _write(path: Path, data: bytes, previous: Path | None) -> None:
     try:
         try:
             # mkstemp makes private files; what lasts gets the permissions of any other new file.
-            os.fchmod(handle, 0o666 & ~_umask())
-            view = memoryview(data)
-            while view:
-                view = view[os.write(handle, view) :]
-            os.fsync(handle)
+            os.chmod(temporary, 0o666 & ~_umask())
+            write_all(handle, data)
+            _sync(handle)
             _drop_cached(handle)
         finally:
             os.close(handle)
@@ -107,7 +120,20 @@ def _write(path: Path, data: bytes, previous: Path | None) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+
+
+def write_all(handle: int, data: bytes) -> None:
+    """Write to an open file; the system may take less at a time.
+
+    Raises:
+        OSError: if it could not be written; a part of it may be.
+    """
+    view = memoryview(data)
+    while view:
+        taken = os.write(handle, view)
+        if taken == 0:
+            raise OSError(errno.EIO, "nothing more can be written")
+        view = view[taken:]
 
 
 def _umask() -> int:
@@ -150,12 +176,12 @@ def _keep(path: Path, previous: Path) -> None:
         Path(temporary).unlink(missing_ok=True)
 
 
-def _not_written(path: Path, error: OSError) -> OSError:
+def _not_written(path: Path, error: OSError, outcome: str = _UNWRITTEN) -> OSError:
     reason = error.strerror or str(error)
     cure = _CURES.get(error.errno or 0, "see that it can be written")
     return OSError(
         error.errno,
-        f"{reason}; not written, what was there before is kept; {cure}, then go on",
+        f"{reason}; {outcome}; {cure}, then go on",
         str(path),
     )
 
@@ -179,23 +205,56 @@ def append_text(path: Path, text: str, *, is_synced: bool = False) -> None:
     Args:
         path: the file; it and its folder are made where they are missing.
         text: what to add.
-        is_synced: outlast a power cut from now on; without it, from the next `sync_file` on.
+        is_synced: outlast a power cut from now on; without it, from the next `sync_log` on.
 
     Raises:
         OSError: if it could not be written.
     """
+    _persist(path, lambda: _append(path, text.encode("utf-8")))
+    if is_synced:
+        sync_log(path)
+
+
+def _append(path: Path, data: bytes) -> None:
+    make_folder(path.parent)
+    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     try:
-        make_folder(path.parent)
-        is_new = not path.exists()
-        with path.open("a", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            if is_synced:
-                os.fsync(file.fileno())
-        if is_new:
+        held = os.fstat(handle).st_size
+        try:
+            write_all(handle, data)
+            if held == 0:  # it is new
+                sync_folder(path.parent)
+        except OSError:
+            with suppress(OSError):  # the first error tells what is wrong
+                os.ftruncate(handle, held)
+            raise
+    finally:
+        os.close(handle)
+
+
+def sync_log(path: Path) -> None:
+    """What was added to a log outlasts a power cut.
+
+    Raises:
+        OSError: if it could not be written.
+    """
+    unsynced: list[bytes] = []
+
+    def sync() -> None:
+        if unsynced:
+            # A second sync would tell nothing: after the first one the kernel may take for written
+            # what it could not write. So all goes to a new file.
+            _write(path, unsynced[0], None)
             sync_folder(path.parent)
-    except OSError as error:
-        raise _not_written(path, error) from None
+            return
+        with path.open("rb+") as file:
+            try:
+                os.fsync(file.fileno())
+            except OSError:
+                unsynced.append(file.read())
+                raise
+
+    _persist(path, sync)
 
 
 def append_json_line(path: Path, row: object) -> None:
@@ -248,11 +307,24 @@ def make_folder(folder: Path) -> None:
     sync_folder(folder.parent)
 
 
+def _sync(handle: int) -> None:
+    """What an open file or folder holds outlasts a power cut.
+
+    Source:
+        fsync(2) of macOS, on F_FULLFSYNC
+    """
+    if sys.platform == "darwin":  # its fsync may leave all in the cache of the drive
+        with suppress(OSError):  # of file systems that know nothing else
+            fcntl.fcntl(handle, fcntl.F_FULLFSYNC)
+            return
+    os.fsync(handle)
+
+
 def sync_file(path: Path) -> None:
     """What was added to a file outlasts a power cut."""
     handle = os.open(path, os.O_RDWR)
     try:
-        os.fsync(handle)
+        _sync(handle)
     finally:
         os.close(handle)
 
@@ -263,7 +335,7 @@ def sync_folder(folder: Path) -> None:
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        _sync(handle)
     except OSError as error:
         if error.errno not in _NO_FOLDER_SYNC:
             raise
@@ -289,12 +361,14 @@ def lock_folder(folder: Path) -> FileLock:
         ValueError: if another process has it.
         OSError: if the folder cannot be written.
     """
-    make_folder(folder)
     lock = FileLock(folder / LOCK, timeout=0, thread_local=False, is_singleton=True)
     try:
+        make_folder(folder)
         lock.acquire()
     except Timeout:
         raise ValueError(
             f"another process works on {folder}; wait for it or stop it, or choose another --out"
         ) from None
+    except OSError as error:
+        raise _not_written(folder, error) from None
     return lock

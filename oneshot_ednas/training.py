@@ -21,14 +21,15 @@ import numpy as np
 import torch
 from rich.progress import TextColumn
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
 
+from oneshot_ednas import distributed
 from oneshot_ednas.data.packed import PackedSplit, batch_indices
-from oneshot_ednas.data.transforms import AugmentConfig, augment
+from oneshot_ednas.data.transforms import AugmentConfig, augment, skip_samples
+from oneshot_ednas.event_file import EventFile
 from oneshot_ednas.guard import StepGuard, fused_adam, fused_sgd
 from oneshot_ednas.progress import terminal_progress
 from oneshot_ednas.reward import accuracy_product
-from oneshot_ednas.store import append_text, sync_file, write_text
+from oneshot_ednas.store import append_text, sync_log, write_text
 from oneshot_ednas.tasks import Task, lower_is_better
 
 Batch = dict[str, Tensor]
@@ -151,6 +152,16 @@ def numpy_generator(seed: int, *purpose: str | int) -> np.random.Generator:
     return np.random.default_rng(derived_seed(seed, *purpose))
 
 
+def seed_step(seed: int, stage: str, step: int) -> None:
+    """Seed torch's own generators for a step.
+
+    What draws from them, such as dropout in a backbone or a user's task, is a function of seed and
+    step then, as all other draws are; and of the process, where several share the step.
+    """
+    number = [distributed.share()] if distributed.share() else []
+    torch.manual_seed(derived_seed(seed, stage, "own", step, *number))
+
+
 def choose_device(name: str) -> torch.device:
     """The device of a name; `auto` takes CUDA, then MPS, then the CPU.
 
@@ -193,10 +204,15 @@ def training_batch(
     augmentation: AugmentConfig,
     device: torch.device,
 ) -> Batch:
-    """The augmented batch of a step: a pure function of its arguments."""
+    """The augmented batch of a step: a pure function of its arguments.
+
+    Where several processes share the step, this one's part of that batch.
+    """
+    part = distributed.own_part(batch_size)
     indices = batch_indices(len(split), batch_size, step, derived_seed(seed, name, "order"))
-    batch = split.batch(indices, device)
+    batch = split.batch(indices[part], device)
     generator = torch_generator(seed, name, "augment", step)
+    skip_samples(generator, part.start)
     return augment(batch, augmentation, generator, split.kinds)
 
 
@@ -213,8 +229,41 @@ def calibration_images(
 def task_losses(
     tasks: Mapping[str, Task], outputs: Mapping[str, Tensor], batch: Batch
 ) -> dict[str, Tensor]:
-    """Loss per task, before its weight."""
-    return {name: task.loss(outputs[name], batch[name]) for name, task in tasks.items()}
+    """Loss per task, before its weight.
+
+    Where several processes share the step, the loss of the whole batch, whose gradient reaches the
+    outputs of this one.
+    """
+    if distributed.shares() == 1:
+        return {name: task.loss(outputs[name], batch[name]) for name, task in tasks.items()}
+    found, parts, divisors = dict[str, Tensor](), dict[str, Tensor](), list[Tensor]()
+    for name, task in tasks.items():
+        divisor = task.loss_divisor(batch[name])
+        if divisor is None:
+            whole = distributed.gathered(outputs[name]), distributed.gathered(batch[name])
+            found[name] = task.loss(*whole)
+        else:
+            parts[name] = task.loss(outputs[name], batch[name])
+            divisors.append(divisor)
+    if parts:
+        means = distributed.weighted_mean(torch.stack([*parts.values()]), torch.stack(divisors))
+        found |= dict(zip(parts, means, strict=True))
+    return {name: found[name] for name in tasks}
+
+
+def distillation_losses(
+    tasks: Mapping[str, Task], students: Mapping[str, Tensor], teachers: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Loss per task of raw outputs that learn from others, as of `task_losses`."""
+    losses = {
+        name: task.distillation_loss(students[name], teachers[name]) for name, task in tasks.items()
+    }
+    if distributed.shares() == 1:
+        return losses
+    values = torch.stack([*losses.values()])
+    return dict(
+        zip(losses, distributed.weighted_mean(values, torch.ones_like(values)), strict=True)
+    )
 
 
 def weighted_sum(weights: Mapping[str, float | Tensor], losses: Mapping[str, Tensor]) -> Tensor:
@@ -310,31 +359,41 @@ class StopRequest:
 
 
 class StageLog:
-    """Log of one stage: `metrics.jsonl`, TensorBoard and a progress bar on a terminal."""
+    """Log of one stage: `metrics.jsonl`, TensorBoard and a progress bar on a terminal.
+
+    Of several processes the main one writes it.
+    """
 
     def __init__(self, folder: Path, stage: str, *, total: int, start: int = 0) -> None:
         self.stage, self.total, self.start = stage, total, start
         self._path = folder / "metrics.jsonl"
+        self.seconds = 0.0
+        self._is_written = distributed.is_main()
+        if not self._is_written:
+            return
         _drop_lines_from(self._path, stage, start)
-        self._writer = SummaryWriter(str(folder / "tensorboard" / stage), purge_step=start)
+        self._writer = EventFile(folder / "tensorboard" / stage, start=start)
         text = TextColumn("{task.fields[text]}", markup=False)  # "E[lat]" is no style
         self._progress = terminal_progress(text)
         self._bar = self._progress.add_task(stage, total=total, completed=start, text="")
-        self.seconds = 0.0
 
     def __enter__(self) -> "StageLog":
-        self._progress.start()
         self._began = time.perf_counter()
+        if self._is_written:
+            self._progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.seconds = time.perf_counter() - self._began
-        self._progress.stop()
-        self._writer.close()
-        self.sync()
+        if self._is_written:
+            self._progress.stop()
+            self._writer.close()
+            self.sync()
 
     def scalars(self, step: int, values: Mapping[str, float | Tensor]) -> None:
         """Write numbers of a step; `group/name` keys group in TensorBoard."""
+        if not self._is_written:
+            return
         numbers = {name: float(value) for name, value in values.items()}
         line = json.dumps({"stage": self.stage, "step": step, **numbers})
         append_text(self._path, line + "\n")
@@ -343,16 +402,18 @@ class StageLog:
 
     def sync(self) -> None:
         """What was logged so far outlasts a power cut; a checkpoint is never ahead of its log."""
-        if self._path.exists():
-            sync_file(self._path)
+        if self._is_written and self._path.exists():
+            sync_log(self._path)
 
     def histogram(self, step: int, name: str, values: Tensor) -> None:
         """Write a histogram to TensorBoard."""
-        self._writer.add_histogram(name, values.detach().cpu(), step)
+        if self._is_written:
+            self._writer.add_histogram(name, values, step)
 
     def advance(self, step: int, text: str) -> None:
         """Move the bar to `step` finished steps."""
-        self._progress.update(self._bar, completed=step, text=text)
+        if self._is_written:
+            self._progress.update(self._bar, completed=step, text=text)
 
 
 def _drop_lines_from(path: Path, stage: str, step: int) -> None:
@@ -415,6 +476,8 @@ def run_steps(
 ) -> None:
     """Take the steps that are left, log, save, and stop between steps when asked to.
 
+    Of several processes all stop after the same step.
+
     Args:
         log: the stage's log; knows first and last step.
         take_step: does one step and returns numbers for the log.
@@ -444,12 +507,13 @@ def run_steps(
                 log.scalars(step, numbers)
                 log.advance(done, describe(numbers))
             # Read once: a signal between two readings would stop without a checkpoint.
-            is_asked_to_stop = stop.is_set
+            is_asked_to_stop = distributed.any_of(stop.is_set)
             if done % config.checkpoint_every == 0 or is_last or is_asked_to_stop:
                 with _naming_the_checkpoint(log.stage, saved):
                     guard.read()
-                log.sync()
-                save(done)
+                    log.sync()
+                    save(done)
+                distributed.barrier()  # the others read the file, or end, once it is there
                 saved = done
             if is_asked_to_stop:
                 raise Interrupted(f"stopped after step {done} of {log.total} in {log.stage}")
@@ -479,4 +543,5 @@ def _reason(error: RuntimeError | MemoryError) -> str:
 
 def note(text: str) -> None:
     """A line for the person at the terminal, on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    if distributed.is_main():
+        print(text, file=sys.stderr, flush=True)

@@ -46,6 +46,9 @@ COMMANDS = [
     ("data", "stats"),
     ("latency", "check"),
     ("latency", "table"),
+    ("bench",),
+    ("doctor",),
+    ("verify-resume",),
 ]
 SHARED_DATA = Path(
     os.environ.get("ONESHOT_EDNAS_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data")

@@ -524,3 +524,26 @@ def test_table_6_with_a_standard_fused_ibn_is_larger_than_printed():
     network = edge_network(architecture, segmentation=19, depth=1)
     assert round(network.num_parameters / 1e6, 1) == 12.7
     assert round(gflops(network), 1) == 6.7
+
+
+def test_what_hard_gates_leave_idle_has_no_gradient_but_that_of_its_gate():
+    """Bit for bit the gradient of alpha that all branches give, held in less memory."""
+    space = ednas_tiny()
+    torch.manual_seed(0)
+    supernet = build_network(space, {"depth": 1})
+    alpha = ArchitectureParameters(space)
+    images = torch.randn(2, 3, 64, 64)
+    found, held = [], []
+    for make in (lambda gates: gates, tuple):
+        gates = alpha.gates(1.0, hard=True, generator=torch.Generator().manual_seed(3))
+        assert any(gates.idle_ops)
+        sizes = dict[int, int]()
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, sizes=sizes: sizes.update({t.data_ptr(): t.nbytes}) or t, lambda t: t
+        ):
+            loss = supernet(images, make(gates))["depth"].square().mean()
+        found.append(torch.autograd.grad(loss, alpha.logits)[0])
+        held.append(sum(sizes.values()))
+    assert torch.equal(*found)
+    assert torch.count_nonzero(found[0]) > 0
+    assert held[0] < 0.8 * held[1]

@@ -184,7 +184,7 @@ def test_to_plain_leaves_no_dataclass_tuple_or_path():
         ("name: x\nparts: [{steps: 0}]", r"parts\[0\]: steps: expected at least 1, got 0$"),
         ("name: [x", r"^a\.yaml:1: not valid YAML: "),
         ("name: x\n\tmode: y", r"^a\.yaml:2: not valid YAML: "),
-        ("name: \x00", r"^a\.yaml: not valid YAML: cannot be read"),
+        ("name: \x00", r"^a\.yaml:1: not valid YAML: character U\+0000 is not allowed$"),
         ("name: x\n---\nname: y", r"^a\.yaml:2: not valid YAML: "),
     ],
 )
@@ -309,7 +309,7 @@ def test_json_is_read_or_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match=r"a\.json: not valid JSON: "):
         read_json(path)
     path.write_bytes(b"\xff")
-    with pytest.raises(ValueError, match=r"a\.json: not valid JSON: "):
+    with pytest.raises(ValueError, match=r"a\.json: expected UTF-8 text, got "):
         read_json(path)
 
 

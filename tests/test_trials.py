@@ -2,15 +2,20 @@
 
 import errno
 import os
+import resource
 import shutil
 import sqlite3
+import subprocess
+import tempfile
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oneshot_ednas.multi_trial import trials
+from oneshot_ednas.multi_trial import database, trials
 from oneshot_ednas.multi_trial.trials import Trial, TrialStore, read_trials
 
 
@@ -42,7 +47,8 @@ def ended(trial: Trial, event: int, reward: float = 0.5) -> Trial:
 
 
 @pytest.fixture
-def path(tmp_path):
+def path(tmp_path, monkeypatch):
+    monkeypatch.setattr(database, "LET_GO_SECONDS", 0.05)
     return tmp_path / "trials.sqlite"
 
 
@@ -117,7 +123,7 @@ def test_a_row_that_is_no_trial_is_refused(small_space, path):
 
 
 def test_a_locked_file_stops_with_a_clear_line_and_loses_no_trial(small_space, path, monkeypatch):
-    monkeypatch.setattr(trials, "BUSY_SECONDS", 0.05)
+    monkeypatch.setattr(database, "BUSY_SECONDS", 0.05)
     fill(path, small_space, 3)
     store = TrialStore(path)
     for number in (3, 4):
@@ -130,9 +136,10 @@ def test_a_locked_file_stops_with_a_clear_line_and_loses_no_trial(small_space, p
     store.close()
     with pytest.raises(RuntimeError, match="database is locked"):
         TrialStore(path)
-    with pytest.raises(RuntimeError, match="database is locked"):
-        read_trials(path)
-    other.close()
+    # A reader does not wait.
+    assert [trial.state for trial in read_trials(path)] == ["done"] * 3 + ["running"] * 2
+    other.rollback()
+    database.let_go(other)
     assert [trial.state for trial in read_trials(path)] == ["done"] * 3 + ["running"] * 2
     with TrialStore(path) as again:
         assert [again.trials[number].reward for number in (3, 4)] == [0.75, 0.25]
@@ -216,3 +223,228 @@ def test_two_searches_in_one_folder_are_noticed(small_space, path):
         with pytest.raises(RuntimeError, match="trial 1 has been ended by another process"):
             later.end(ended(later.trials[1], 3))
     assert read_trials(path)[1].reward == 0.5
+
+
+# The write-ahead log ------------------------------------------------------------------------
+
+
+def test_a_file_of_before_the_log_goes_on_and_ends_as_one_plain_file(small_space, path):
+    kept = fill(path, small_space, 3)
+    with sqlite3.connect(path) as connection:
+        assert connection.execute("PRAGMA journal_mode").fetchone() == ("delete",)
+    connection.close()
+    with TrialStore(path) as store:
+        assert list(store.trials.values()) == kept
+        assert store._connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+        assert store._connection.execute("PRAGMA synchronous").fetchone() == (3,)
+        store.propose(proposed(small_space, 3, store.num_events))
+        assert path.with_name("trials.sqlite-wal").exists()
+    assert [one.name for one in path.parent.iterdir()] == ["trials.sqlite"]
+    assert path.read_bytes()[18:20] == b"\x01\x01"
+
+
+def killed_search(path, space) -> list[Trial]:
+    """A file as a search leaves it that is killed, moved to where no process has it open."""
+    search = path.with_name("search")
+    search.mkdir()
+    store = TrialStore(search / path.name)
+    # What is committed lies in the log alone.
+    store._connection.execute("PRAGMA wal_autocheckpoint = 0")
+    for number in range(3):
+        store.propose(proposed(space, number, store.num_events))
+    store.end(ended(store.trials[1], store.num_events))
+    for one in search.iterdir():
+        shutil.copy(one, path.with_name(one.name))
+    kept = list(store.trials.values())
+    store.close()
+    shutil.rmtree(search)
+    return kept
+
+
+def test_the_log_that_a_kill_leaves_is_taken_in_by_a_search(small_space, path):
+    kept = killed_search(path, small_space)
+    assert path.with_name("trials.sqlite-wal").stat().st_size
+    with TrialStore(path) as store:
+        assert list(store.trials.values()) == kept
+    assert [one.name for one in path.parent.iterdir()] == ["trials.sqlite"]
+
+
+def test_the_log_that_a_kill_leaves_is_taken_in_by_a_reader(small_space, path):
+    kept = killed_search(path, small_space)
+    assert read_trials(path) == kept
+    assert {one.name for one in path.parent.iterdir()} == {"trials.sqlite", "trials.unsaved.jsonl"}
+    assert read_trials(path) == kept
+
+
+def test_a_copy_without_the_log_is_told(small_space, path):
+    kept = killed_search(path, small_space)
+    for end in ("-wal", "-shm"):
+        path.with_name(f"trials.sqlite{end}").unlink()
+    message = (
+        r"trials\.sqlite: trials\.sqlite-wal is not beside it, so the last trial may be missing"
+    )
+    with pytest.warns(UserWarning, match=message):
+        found = read_trials(path)
+    assert found == kept[: len(found)]
+    # Where the log is kept short, little is missing.
+    with TrialStore(path) as store:
+        assert len(store.trials) == len(found)
+
+
+def test_a_file_system_without_a_log_is_told_once_and_serves(small_space, path, monkeypatch):
+    kept = killed_search(path, small_space)
+    monkeypatch.setattr(database, "_NETWORK", (database._file_system(path),))
+    with pytest.warns(UserWarning, match="no write-ahead log on this file system") as told:
+        store = TrialStore(path)
+    assert len(told) == 1
+    assert list(store.trials.values()) == kept
+    assert store._connection.execute("PRAGMA journal_mode").fetchone() == ("delete",)
+    store.end(ended(store.trials[0], store.num_events))
+    assert read_trials(path) == list(store.trials.values())  # others are let in
+    store.close()
+    assert [one.name for one in path.parent.iterdir()] == ["trials.sqlite"]
+
+
+def test_sqlite_that_refuses_a_log_is_told_and_serves(small_space, path, monkeypatch):
+    connect = sqlite3.connect
+
+    def without_shared_memory(address, **settings):
+        return connect(f"{address}&vfs=unix-dotfile", **settings)
+
+    monkeypatch.setattr(database.sqlite3, "connect", without_shared_memory)
+    with pytest.warns(UserWarning, match="no write-ahead log on this file system"):
+        kept = fill(path, small_space, 2)
+    monkeypatch.undo()
+    assert read_trials(path) == kept
+
+
+# Faults of the disk -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """Mount a file system of so many bytes; gives its folder and what makes it read-only."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(*options: str) -> None:
+        command = ["mount", "-t", "tmpfs", "-o", ",".join(options), "tmpfs", str(folder)]
+        if subprocess.run(command, capture_output=True, check=False).returncode:
+            pytest.skip("needs the right to mount a file system")
+
+    mount("size=256k")
+    yield folder, lambda mode: mount("remount", mode)
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def fill_up(path) -> None:
+    with suppress(OSError), path.open("ab", buffering=0) as file:
+        while True:
+            file.write(b"x" * 4096)
+
+
+def test_a_disk_that_is_full_stops_the_search_and_loses_no_trial(small_space, disk):
+    folder, _ = disk
+    path, other = folder / "trials.sqlite", folder / "other"
+    store = TrialStore(path)
+    for number in range(4):
+        store.propose(proposed(small_space, number, store.num_events))
+    fill_up(other)
+    one = replace(ended(store.trials[0], store.num_events), error="x" * 9000)
+    with pytest.raises(RuntimeError, match=r"is full; finished trials are kept; make room on"):
+        store.end(one)
+    second = ended(store.trials[1], store.num_events)
+    store.end(second)  # kept as well, without another word
+    store.close()
+    fill_up(other)  # also what the log had taken
+    # A reader is served, a search is not.
+    assert [trial.state for trial in read_trials(path)] == ["running"] * 4
+    with pytest.raises(RuntimeError, match="make room"):
+        TrialStore(path)
+    other.unlink()
+    with TrialStore(path) as store:
+        assert [store.trials[0], store.trials[1]] == [one, second]
+        assert [trial.state for trial in store.trials.values()][2:] == ["running"] * 2
+
+
+def test_a_disk_that_turns_read_only_stops_the_search_with_one_line(small_space, disk):
+    folder, remount = disk
+    path = folder / "trials.sqlite"
+    kept = fill(path, small_space, 2)
+    remount("ro")
+    assert read_trials(path) == kept
+    with pytest.raises(
+        RuntimeError, match=r"readonly database; .* see that folder and file can be"
+    ):
+        TrialStore(path)
+    remount("rw")
+    with TrialStore(path) as store:
+        assert list(store.trials.values()) == kept
+
+
+def test_a_killed_search_is_read_where_nothing_can_be_written(small_space, disk, tmp_path):
+    folder, remount = disk
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    kept = killed_search(killed / "trials.sqlite", small_space)
+    for one in killed.iterdir():
+        if not one.name.endswith("-shm"):
+            shutil.copy(one, folder)
+    remount("ro")
+    assert read_trials(folder / "trials.sqlite") == kept
+
+
+def test_an_error_of_the_disk_stops_the_search_and_loses_no_trial(small_space, path):
+    store = TrialStore(path)
+    for number in range(30):
+        store.propose(proposed(small_space, number, store.num_events))
+    one = ended(store.trials[0], store.num_events)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, before[1]))  # writing behind it fails
+    try:
+        with pytest.raises(RuntimeError, match=r"disk I/O error; finished trials are kept; see th"):
+            store.end(one)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    store.close()
+    with TrialStore(path) as store:
+        assert store.trials[0] == one
+
+
+def test_a_trial_that_can_be_written_nowhere_is_told(small_space, path):
+    store = TrialStore(path)
+    store.propose(proposed(small_space, 0, store.num_events))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        with pytest.raises(RuntimeError, match=r"trial 0 has just ended and can be written nowhe"):
+            store.end(ended(store.trials[0], store.num_events))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    store.close()
+    with TrialStore(path) as store:
+        assert store.trials[0].state == "running"
+
+
+def test_a_folder_of_somebody_else_is_told(small_space):
+    with tempfile.TemporaryDirectory() as name:  # not in a folder that only root may enter
+        folder = Path(name)
+        kept = fill(folder / "trials.sqlite", small_space, 1)
+        (folder / "trials.sqlite").chmod(0o444)
+        folder.chmod(0o555)
+        is_root = os.geteuid() == 0
+        try:
+            if is_root:
+                os.seteuid(65534)
+            assert read_trials(folder / "trials.sqlite") == kept
+            with pytest.raises(RuntimeError, match="see that folder and file can be written"):
+                TrialStore(folder / "trials.sqlite")
+            with pytest.raises(
+                RuntimeError, match=r"unable to open database file; .* see that fol"
+            ):
+                TrialStore(folder / "more.sqlite")
+        finally:
+            if is_root:
+                os.seteuid(0)
+            folder.chmod(0o755)
+        assert read_trials(folder / "trials.sqlite") == kept

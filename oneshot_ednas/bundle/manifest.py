@@ -14,6 +14,7 @@ from typing import Any, Literal, cast
 
 from oneshot_ednas.architecture import Architecture
 from oneshot_ednas.latency.operations import OPERATION_KINDS, Operation
+from oneshot_ednas.parsing import parse_json
 from oneshot_ednas.schema import load_json, to_plain
 from oneshot_ednas.space import SearchSpace
 
@@ -125,8 +126,7 @@ class Bundle:
                 f"once, got {len(self.models)}"
             )
         for model in self.models:
-            if PurePosixPath(model).is_absolute() or ".." in PurePosixPath(model).parts:
-                raise ValueError(f"models: expected paths inside the bundle, got {model}")
+            _check_inside(model, "models")
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -138,12 +138,21 @@ class Bundle:
         return cast(dict[str, Any], to_plain(self))
 
 
+def _check_inside(path: object, what: str) -> None:
+    if not isinstance(path, str):
+        raise ValueError(f"{what}: expected text, got {path!r}")
+    pure = PurePosixPath(path)
+    if not path or "\\" in path or "\0" in path or pure.is_absolute() or ".." in pure.parts:
+        raise ValueError(f"{what}: expected paths inside the bundle, got {path}")
+
+
 def read_bundle(folder: Path) -> Bundle:
     """Read the manifest of a bundle; that its files are whole is for `bundle_digest` to tell.
 
     Raises:
         FileNotFoundError: if the folder, its manifest or one of its files is missing.
-        ValueError: if the manifest is damaged or of another format; names the key.
+        ValueError: if the manifest is damaged or of another format, or names a file outside the
+            folder or a link that leaves it; names the key.
     """
     if not folder.is_dir():
         raise FileNotFoundError(
@@ -155,7 +164,10 @@ def read_bundle(folder: Path) -> Bundle:
             f"tools/build_latency_table.py export"
         )
     bundle = load_json(folder / MANIFEST, Bundle)
+    inside = folder.resolve()
     for name in (SPACE, *bundle.models):
+        if not (folder / name).resolve().is_relative_to(inside):
+            raise ValueError(f"{folder / name} is a link that leaves the bundle; copy the file")
         if not (folder / name).is_file():
             raise FileNotFoundError(
                 f"{folder / name} is missing, though {MANIFEST} lists it; copy the whole bundle"
@@ -235,10 +247,12 @@ def read_compiled(folder: Path) -> dict[str, CompiledModel]:
 
 
 def _read_compiled_line(line: bytes) -> CompiledModel | None:
-    values: Mapping[str, Any] = json.loads(line)
+    values: Mapping[str, Any] = parse_json(line.decode(), "line")
     if "error" in values:
         return None
     entry = CompiledModel(**values)
+    for name in ("model", "compiled"):
+        _check_inside(getattr(entry, name), name)
     for name in ("on_chip_bytes", "off_chip_bytes", "mapped", "unmapped"):
         value = getattr(entry, name)
         if not isinstance(value, int) or value < 0:

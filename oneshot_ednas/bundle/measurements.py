@@ -1,6 +1,5 @@
 """What `measure.py` wrote on a device, read strictly: one machine, one runtime, one unit."""
 
-import json
 import math
 import warnings
 from collections import defaultdict
@@ -13,6 +12,7 @@ import numpy as np
 
 from oneshot_ednas.bundle.robust import MAD_TO_DEVIATION
 from oneshot_ednas.measure import FORMAT, UNIT
+from oneshot_ednas.parsing import parse_json
 
 _MEDIAN_TO_MEAN = 1.2533  # for normal noise: the error of a median over that of a mean
 
@@ -143,13 +143,14 @@ def _lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     for number, text in enumerate(lines, start=1):
         where = f"{path}:{number}"
         try:
-            line = json.loads(text.decode("utf-8"))
+            line = parse_json(text.decode("utf-8"), where)
         except ValueError as error:
             if number == len(lines) > 1:
                 warnings.warn(f"{where}: the last line was cut off; it is left out", stacklevel=3)
                 return
+            reason = str(error).removeprefix(f"{where}: not valid JSON: ")
             raise ValueError(
-                f"{where}: not valid JSON ({error}); the file is damaged: measure anew"
+                f"{where}: not valid JSON ({reason}); the file is damaged: measure anew"
             ) from None
         if not isinstance(line, dict):
             raise ValueError(f"{where}: expected an object, got {text.decode('utf-8')[:40]}")

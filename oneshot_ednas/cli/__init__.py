@@ -5,22 +5,27 @@ stopped by the user.
 """
 
 from oneshot_ednas.cli import (
+    bench,
     compare,
     data,
     describe,
+    doctor,
     export,
     latency,
     multi_trial,
     runs,
     sharing,
     study,
+    verify,
 )
 from oneshot_ednas.cli.common import main
 
 __all__ = [
+    "bench",
     "compare",
     "data",
     "describe",
+    "doctor",
     "export",
     "latency",
     "main",
@@ -28,4 +33,5 @@ __all__ = [
     "runs",
     "sharing",
     "study",
+    "verify",
 ]

@@ -13,32 +13,50 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from oneshot_ednas import distributed
 from oneshot_ednas.config import C
+from oneshot_ednas.parsing import one_line
 from oneshot_ednas.run_folder import RunFiles
 from oneshot_ednas.schema import read_json
 from oneshot_ednas.training import Interrupted
+from oneshot_ednas.workers import sigterm_as_ctrl_c
 
 P = ParamSpec("P")
 DEFAULT_TASKS = "segmentation=19,depth=1"
+IN_SEVERAL_PROCESSES = ("run", "demo", "search", "retrain")
+"""Commands for torchrun."""
 DETAILS = ("rmse", "delta_1", "delta_2", "delta_3", "within_22", "within_30")
 """Metrics left to the report."""
 
 
 def bad_input(function: Callable[P, None]) -> Callable[P, None]:
-    """Turn errors into one line and an exit status; `--debug` keeps the traceback."""
+    """Turn errors into one line and an exit status; `--debug` keeps the traceback.
+
+    SIGTERM stops a command as Ctrl-C does.
+    """
 
     @wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> None:
         warnings.showwarning = _show_warning
         if click.get_current_context().find_root().params.get("debug"):
             function(*args, **kwargs)
+            distributed.finish()
             return
         try:
-            function(*args, **kwargs)
+            with sigterm_as_ctrl_c():
+                function(*args, **kwargs)
+                distributed.finish()
         except Interrupted as stop:
             _fail(f"{stop}; {_how_to_go_on()}", status=130)
+        except KeyboardInterrupt:
+            _fail(f"stopped; {_how_to_go_on()}", status=130)
         except (ValueError, OSError) as error:
             _fail(_one_line(error), status=2)
+        except MemoryError as error:
+            _fail(
+                f"out of memory ({_one_line(error) or 'nothing is left'}); lower the batch sizes",
+                status=1,
+            )
         except RuntimeError as error:
             _fail(_one_line(error), status=1)
 
@@ -60,17 +78,20 @@ def _show_warning(
 ) -> None:
     """One line, without the place in our code that Python would print."""
     del category, filename, lineno, file, line
-    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
+    if distributed.is_main():
+        print(f"warning: {one_line(str(message))}", file=sys.stderr)
 
 
 def _one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split())
+        return one_line(f"{error.filename}: {error.strerror}")
+    return one_line(str(error))
 
 
 def _fail(message: str, *, status: int) -> None:
-    print(f"error: {message}" if status != 130 else message, file=sys.stderr)
+    if distributed.is_first_to_fail():
+        text = f"error: {message}" if status != 130 else message
+        print(text, file=sys.stderr, flush=True)
     sys.exit(status)
 
 
@@ -79,6 +100,10 @@ def _fail(message: str, *, status: int) -> None:
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def main(debug: bool) -> None:
     """One-shot architecture search for multi-task dense prediction on the Coral Edge TPU."""
+    command = click.get_current_context().invoked_subcommand
+    if distributed.is_launched() and command not in IN_SEVERAL_PROCESSES:
+        known = ", ".join(IN_SEVERAL_PROCESSES)
+        _fail(f"{command} runs in one process; leave out torchrun, which is for {known}", status=2)
 
 
 out_option = click.option(
@@ -120,9 +145,9 @@ def with_consent(overrides: tuple[str, ...], *, is_given: bool) -> tuple[str, ..
 
 
 def console() -> Console:
-    """Standard output, as wide as the terminal."""
+    """Standard output, as wide as the terminal; names in brackets or colons are but names."""
     # Piped output is not folded to 80 columns.
-    return Console(width=None if sys.stdout.isatty() else 200)
+    return Console(width=None if sys.stdout.isatty() else 200, markup=False, emoji=False)
 
 
 def read_channels(text: str) -> dict[str, int]:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.markup import escape
 from rich.table import Table
 
 from oneshot_ednas.cli.common import bad_input, console, json_option, main, resume_option
@@ -238,7 +237,7 @@ def _print_check(figures: Mapping[str, Any]) -> None:
         shown = sizes if len(sizes) != 1 else list(split["sizes"])
         more = f" and {len(sizes) - 4} more sizes" if len(sizes) > 4 else ""
         table.add_row(
-            escape(name),
+            name,
             str(split["frames"]),
             str(split["broken_frames"]),
             ", ".join(shown[:4]) + more,
@@ -270,9 +269,9 @@ def _print_targets(splits: Mapping[str, Mapping[str, Any]]) -> None:
         for number, (split, figures) in enumerate(splits.items()):
             target = figures["targets"][name]
             table.add_row(
-                escape(name) if number == 0 else "",
+                name if number == 0 else "",
                 target["kind"] if number == 0 else "",
-                escape(split),
+                split,
                 f"{target['invalid_share']:.2%}",
                 str(target["frames_without_valid_pixel"]),
                 _summary(target),
@@ -314,13 +313,13 @@ def _print_classes(splits: Mapping[str, Mapping[str, Any]]) -> None:
     )
     for name in names:
         classes = {s: figures["targets"][name]["classes"] for s, figures in splits.items()}
-        table = _table(f"classes of {escape(name)}, share of the valid pixels", "class", *classes)
+        table = _table(f"classes of {name}, share of the valid pixels", "class", *classes)
         absent = []
         for label in next(iter(classes.values())):
             shares = [found[label]["share"] for found in classes.values()]
             if any(shares):
                 cells = (f"{share:.3%}" if share else "-" for share in shares)
-                table.add_row(escape(label), *cells)
+                table.add_row(label, *cells)
             else:
                 absent.append(label)
         console().print(table)
@@ -330,7 +329,7 @@ def _print_classes(splits: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def _print_channels(figures: Mapping[str, Any]) -> None:
-    title = f"{escape(figures['name'])}, {escape(figures['split'])}: {figures['frames']} frames"
+    title = f"{figures['name']}, {figures['split']}: {figures['frames']} frames"
     table = _table(f"{title}, image in 0..1", "channel", "mean", "std")
     image = figures["image"]
     for channel, mean, std in zip(
@@ -345,7 +344,7 @@ def _print_weights(figures: Mapping[str, Any]) -> None:
         if "classes" not in target:
             continue
         table = _table(
-            f"classes of {escape(name)}",
+            f"classes of {name}",
             "class",
             "share",
             "median-frequency weight",
@@ -354,7 +353,7 @@ def _print_weights(figures: Mapping[str, Any]) -> None:
         for label, row in target["classes"].items():
             weights = (row["median_frequency_weight"], row["inverse_log_weight"])
             cells = ("-" if weight is None else f"{weight:.4f}" for weight in weights)
-            table.add_row(escape(label), f"{row['share']:.3%}" if row["share"] else "-", *cells)
+            table.add_row(label, f"{row['share']:.3%}" if row["share"] else "-", *cells)
         console().print(table)
 
 
@@ -363,5 +362,5 @@ def _table(title: str, *columns: str) -> Table:
     table = Table(title=title)
     left = {"target", "kind", "split", "class", "channel", "what it holds", "width x height"}
     for column in columns:
-        table.add_column(escape(column), justify="left" if column in left else "right")
+        table.add_column(column, justify="left" if column in left else "right")
     return table

@@ -20,7 +20,7 @@ from oneshot_ednas.cli.common import (
 from oneshot_ednas.config import load_config
 from oneshot_ednas.describe import describe_network, describe_space
 from oneshot_ednas.latency.table import LatencyTable
-from oneshot_ednas.schema import find_file
+from oneshot_ednas.schema import find_file, read_text
 from oneshot_ednas.space import SearchSpace, named_space
 from oneshot_ednas.tasks import make_tasks
 
@@ -98,7 +98,7 @@ def _subject(what: str, space: str | None) -> _Subject:
         raise ValueError(f"--space is for an architecture JSON, {what} has its own")
     if path.suffix in (".yaml", ".yml"):
         path = find_file(path)
-        if "\nblocks:" in "\n" + path.read_text(encoding="utf-8"):
+        if "\nblocks:" in "\n" + read_text(path):
             return _Subject(SearchSpace.load(path))
         return _config_subject(path)
     return _Subject(named_space(what))

@@ -7,6 +7,7 @@ from typing import Any
 import click
 from rich.table import Table
 
+from oneshot_ednas import distributed
 from oneshot_ednas.architecture import Architecture
 from oneshot_ednas.cli.common import (
     bad_input,
@@ -23,10 +24,11 @@ from oneshot_ednas.cli.common import (
     with_data,
     workers_option,
 )
-from oneshot_ednas.config import load_config
+from oneshot_ednas.config import ExperimentConfig, load_config
 from oneshot_ednas.pipeline import OneShotRun, Run, run_all, run_class
 from oneshot_ednas.run_folder import RunFiles
 from oneshot_ednas.schema import read_json
+from oneshot_ednas.training import choose_device
 from oneshot_ednas.workers import open_workers
 
 
@@ -58,10 +60,12 @@ def run(
     Example: oneshot-ednas run configs/demo.yaml --out runs/demo
     """
     one = _made(config, out, data, with_consent(overrides, is_given=allow_uncalibrated))
+    _check_workers(workers)
     with open_workers(workers) as one.workers:
         one.open(resume=resume)
         results = run_all(one)
-    print_results(results, out, as_json=as_json)
+    if distributed.is_main():
+        print_results(results, out, as_json=as_json)
 
 
 @main.command()
@@ -81,7 +85,9 @@ def demo(out: Path, resume: bool, as_json: bool) -> None:
     Example: oneshot-ednas demo --out runs/demo
     """
     one = _start("configs/demo.yaml", out, None, (), resume=resume)
-    print_results(run_all(one), out, as_json=as_json)
+    results = run_all(one)
+    if distributed.is_main():
+        print_results(results, out, as_json=as_json)
 
 
 @main.command()
@@ -153,6 +159,7 @@ def retrain_command(run_folder: Path, data: Path | None, workers: str, as_json: 
     Example: oneshot-ednas retrain runs/demo
     """
     one = reopen(run_folder, data)
+    _check_workers(workers)
     with open_workers(workers) as one.workers:
         one.retrain()
     _print_stage(one, "retrain", as_json=as_json)
@@ -168,8 +175,28 @@ def _start(
 
 def _made(config: str, out: Path, data: Path | None, overrides: tuple[str, ...]) -> Run:
     """The run, checked; its folder is not opened yet."""
-    settings = with_data(load_config(Path(config), overrides), data)
-    return run_class(settings)(settings, out)
+    return _joined(with_data(load_config(Path(config), overrides), data), out)
+
+
+def _joined(config: ExperimentConfig, folder: Path, *, is_reopened: bool = False) -> Run:
+    """The run, checked, in each of the processes that torchrun started.
+
+    Raises:
+        ValueError: if the run is of a method for one process, besides what is wrong in it.
+    """
+    if distributed.is_launched() and config.method != "one_shot":
+        raise ValueError(
+            f"method {config.method} has trials, each in one process: leave out torchrun, and "
+            f"give --workers N"
+        )
+    distributed.start(choose_device(config.device))
+    with distributed.main_first():  # it may have to prepare the data
+        return run_class(config)(config, folder, is_reopened=is_reopened)
+
+
+def _check_workers(workers: str) -> None:
+    if distributed.is_launched() and workers != "1":
+        raise ValueError("--workers and torchrun exclude each other: leave out one of them")
 
 
 def _one_shot(run: Run) -> OneShotRun:
@@ -207,14 +234,15 @@ def reopen(folder: Path, data: Path | None) -> Run:
             f"{folder} is a search on a benchmark, which trains no networks; see its results.json, "
             f"or go on with oneshot-ednas evolve --benchmark --resume"
         )
-    config = with_data(load_config(files.config), data)
-    one = run_class(config)(config, folder, is_reopened=True)
+    one = _joined(with_data(load_config(files.config), data), folder, is_reopened=True)
     one.open(resume=True)
     return one
 
 
 def _print_stage(one: Run, name: str, *, as_json: bool) -> None:
     """What a stage before the evaluation has come to."""
+    if not distributed.is_main():
+        return
     figures: dict[str, Any] = {
         "run": str(one.files.folder),
         "stage": name,

@@ -25,6 +25,7 @@ from oneshot_ednas.report.markup import (
     figure,
     join,
     markdown_table,
+    markdown_text,
     number,
     table,
     tag,
@@ -249,8 +250,9 @@ def _gains_json(rows: Sequence[Deltas]) -> dict[str, Any]:
 def to_markdown(found: Comparison) -> str:
     """The content of `comparison.md`."""
     labels = [method.label for method in found.methods]
-    parts = ["# Comparison", verdict(found)]
-    parts += ["\n".join(f"- {note}" for note in found.notes)] if found.notes else []
+    parts = ["# Comparison", markdown_text(verdict(found))]
+    notes = [f"- {markdown_text(note)}" for note in found.notes]
+    parts += ["\n".join(notes)] if notes else []
     parts += ["## Results", markdown_table(["", *labels], result_rows(found))]
     parts.append(HOW_RESULTS[found.is_predicted])
     if found.differences:
@@ -260,7 +262,7 @@ def to_markdown(found: Comparison) -> str:
         parts += ["## Rewards", "![Rewards](rewards.png)"]
     if found.gains:
         assert found.baseline is not None
-        parts.append(f"## Gain over {found.baseline.label}")
+        parts.append(f"## Gain over {markdown_text(found.baseline.label)}")
         parts += [markdown_table(["", *labels], gain_rows(found)), HOW_GAINS]
     parts += ["## Anytime", "![Reward against cost](anytime.png)", _how_anytime(found)]
     parts += ["## Accuracy and latency", "![Accuracy against latency](pareto.png)"]

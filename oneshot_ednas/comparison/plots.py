@@ -69,7 +69,7 @@ def anytime_plots(
         inches=WIDE_INCHES,
     )
     would = ", as it would have taken" if is_predicted else ""
-    grid[0].set_xlabel(f"$10^{{{macs_power}}}$ multiply-adds{would}")
+    grid[0].set_xlabel(f"$10^{{{macs_power}}}$ multiply-adds{would}", parse_math=True)
     grid[1].set_xlabel(f"seconds{would or ', summed over workers'}")
     kinds: Kinds = {
         TRIALS: {"color": GREY},

@@ -2,16 +2,21 @@
 
 A split is packed into `<cache folder>/<name>-<hash of its identity>/`, one `.npy` per array beside
 a `meta.json`. Whatever the frames depend on is in the identity, so a changed source gets a folder
-of its own. A folder is written under another name and moved when whole: two processes may build
-the same split at once, and a build that was cut off leaves nothing that could be mistaken for data.
+of its own. A folder is written under another name and moved when whole and on the disk: two
+processes may build the same split at once, and a build that was cut off leaves nothing that could
+be mistaken for data. What it leaves is removed by the next build of the split.
 """
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import tempfile
 import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +27,7 @@ import platformdirs
 from jaxtyping import Bool
 
 from oneshot_ednas.data.parallel import Progress, chunks, run_chunks
+from oneshot_ednas.store import sync_file, sync_folder, write_text
 
 CACHE_VARIABLE = "ONESHOT_EDNAS_CACHE"
 # Part of every identity: raise it when a change alters what is stored for the same source.
@@ -147,24 +153,20 @@ def _build(
     count = len(source.frames)
     kinds = {name: (array.dtype, (count, *array.shape)) for name, array in source.read(0).items()}
     needed = sum(dtype.itemsize * int(np.prod(shape)) for dtype, shape in kinds.values())
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    except OSError as error:
-        raise ValueError(
-            f"cannot write the cache folder {folder.parent} ({error.strerror}); "
-            f"set {CACHE_VARIABLE} to another folder"
-        ) from None
-    try:
-        # A memory map on a full disk ends the process without a message, so ask before.
-        free = shutil.disk_usage(partial).free
-        if free < needed:
+    with ExitStack() as until_moved:
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with _locked(folder.parent):  # nobody takes the new folder for an abandoned one
+                _remove_abandoned(folder)
+                partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+                until_moved.enter_context(_locked(partial))
+        except OSError as error:
             raise ValueError(
-                f"{source.name} needs {needed / 1e6:.0f} MB in {folder.parent}, got "
-                f"{free / 1e6:.0f} MB; set {CACHE_VARIABLE} to another folder"
-            )
-        for name, (dtype, shape) in kinds.items():
-            np.lib.format.open_memmap(partial / f"{name}.npy", "w+", dtype, shape)
+                f"cannot write the cache folder {folder.parent} ({error.strerror}); "
+                f"set {CACHE_VARIABLE} to another folder"
+            ) from None
+        until_moved.callback(shutil.rmtree, partial, ignore_errors=True)
+        _allocate(partial, source, kinds, needed)
         meta = {
             "frames": count,
             "arrays": {name: (str(dtype), list(shape)) for name, (dtype, shape) in kinds.items()},
@@ -172,10 +174,67 @@ def _build(
             "depth_ranges": _depth_ranges(partial, source),
             "identity": identity,
         }
-        (partial / "meta.json").write_text(json.dumps(meta), "utf-8")
+        for path in partial.glob("*.npy"):
+            sync_file(path)
+        write_text(partial / "meta.json", json.dumps(meta))
         _move(partial, folder)
+        sync_folder(folder.parent)
+
+
+def _allocate(
+    folder: Path,
+    source: FrameSource,
+    kinds: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
+    needed: int,
+) -> None:
+    """Make the arrays' files, with room on the disk for what they will hold.
+
+    Raises:
+        ValueError: if there is not enough.
+    """
+    free = shutil.disk_usage(folder).free
+    try:
+        if free < needed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        for name, (dtype, shape) in kinds.items():
+            path = folder / f"{name}.npy"
+            np.lib.format.open_memmap(path, "w+", dtype, shape)
+            # A memory map that meets a full disk ends the process without a message.
+            if hasattr(os, "posix_fallocate"):
+                with path.open("r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ValueError(
+            f"{source.name} needs {needed / 1e6:.0f} MB in {folder.parent}, got "
+            f"{free / 1e6:.0f} MB; set {CACHE_VARIABLE} to another folder"
+        ) from None
+
+
+@contextmanager
+def _locked(folder: Path, *, waits: bool = True) -> Iterator[bool]:
+    """Lock a folder while this process lives; gives whether that worked.
+
+    Network file systems may have no locks of folders.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        is_locked = False
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
+            is_locked = True
+        yield is_locked
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        os.close(handle)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove what builds of the same split left whose processes were killed."""
+    for path in folder.parent.glob(f".{folder.name}-*"):
+        with suppress(FileNotFoundError), _locked(path, waits=False) as is_locked:
+            if is_locked:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _move(partial: Path, folder: Path) -> None:
@@ -200,7 +259,8 @@ def _fill_all(
     """Write every frame; returns the frames without valid depth."""
     parts = chunks(range(len(source.frames)), CHUNK)
     fill = partial(_fill, folder, source)
-    found = run_chunks(fill, parts, workers=workers, progress=progress)
+    name = source.frames.__getitem__
+    found = run_chunks(fill, parts, workers=workers, progress=progress, name=name)
     return [index for part in found for index in part]
 
 

@@ -7,7 +7,6 @@ folder.
 
 import importlib
 import io
-import json
 import math
 import struct
 import tokenize
@@ -24,6 +23,7 @@ import scipy.io.matlab
 from PIL import Image, UnidentifiedImageError
 
 from oneshot_ednas.data.sources import check_relative
+from oneshot_ednas.parsing import JSON_BYTES, one_line, parse_json
 
 MAX_PIXELS = 100_000_000
 """Images and maps with more pixels, or more values, than this are refused."""
@@ -40,6 +40,10 @@ hundred bytes of memory, and a few bytes of the file may claim any number of the
 MATLAB_CONTAINERS = 1000
 """Arrays of cells or structures that are read of a MATLAB file. They nest, and SciPy reads them by
 recursion that ends the process where it is too deep."""
+
+JPEG_SCANS = 100
+"""Scans of a JPEG file. A progressive one has about ten; each costs time as the whole image does,
+and takes a few bytes."""
 
 FORMATS = ("PNG", "JPEG")
 """Image formats that are read, whatever a file's name ends in. Pillow reads many more, some of
@@ -96,7 +100,7 @@ def find_file(root: Path, relative: str, frame_id: str) -> Path:
         raise ValueError(
             f"frame {frame_id}: no file {relative}; restore it or drop the frame from its split"
         )
-    _check_inside(root, path, f"frame {frame_id}: {relative}")
+    check_inside(root, path, f"frame {frame_id}: {relative}")
     return path
 
 
@@ -145,7 +149,7 @@ def read_vector(root: Path, relative: str) -> np.ndarray:
     check_relative(relative, relative)
     root = root.resolve()
     path = root / relative
-    _check_inside(root, path, relative)
+    check_inside(root, path, relative)
     try:
         return _from_npy(path, _check_vector)
     except _DAMAGE as error:
@@ -158,13 +162,14 @@ def read_json(root: Path, relative: str, frame_id: str) -> Any:
     Raises:
         ValueError: if it is missing or no JSON.
     """
-    path = find_file(root, relative, frame_id)
+    where, path = f"frame {frame_id}: {relative}", find_file(root, relative, frame_id)
     try:
-        return json.loads(path.read_text("utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise ValueError(
-            f"frame {frame_id}: {relative}: not valid JSON: {_reason(error)}"
-        ) from None
+        if path.stat().st_size > JSON_BYTES:
+            raise ValueError(f"more than the {JSON_BYTES} bytes that are read")
+        text = path.read_text("utf-8-sig")
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{where}: not valid JSON: {_reason(error)}") from None
+    return parse_json(text, where)
 
 
 def read_matlab(root: Path, relative: str, frame_id: str | None = None) -> dict[str, Any]:
@@ -180,7 +185,7 @@ def read_matlab(root: Path, relative: str, frame_id: str | None = None) -> dict[
     """
     if frame_id is None:
         where, path = relative, root / relative
-        _check_inside(root.resolve(), path, where)
+        check_inside(root.resolve(), path, where)
     else:
         where, path = f"frame {frame_id}: {relative}", find_file(root, relative, frame_id)
     try:
@@ -206,7 +211,44 @@ def import_h5py() -> ModuleType:
         ) from None
 
 
-def _check_inside(root: Path, path: Path, where: str) -> None:
+def hdf5_array(file: Any, name: str) -> Any:
+    """An array of an open HDF5 file, all of which lies in that very file.
+
+    Args:
+        file: a `h5py.File`.
+        name: of the array, with those of the groups that hold it.
+
+    Raises:
+        ValueError: if there is none, or it is a link to another file or lies in others.
+    """
+    h5py = import_h5py()
+    found = file
+    for part in name.split("/"):
+        links = found.id.links if isinstance(found, h5py.Group) else None
+        # Asked for by its name alone, a link would be followed: to a pipe, for example.
+        if (
+            links is None
+            or not links.exists(part.encode())
+            or links.get_info(part.encode()).type != h5py.h5l.TYPE_HARD
+        ):
+            raise ValueError(f"it has no array {name}")
+        found = found[part]
+    if not isinstance(found, h5py.Dataset) or found.external or found.is_virtual:
+        raise ValueError(f"it has no array {name}")
+    return found
+
+
+def check_inside(root: Path, path: Path, where: str) -> None:
+    """Refuse a path that leaves the data folder by a link.
+
+    Args:
+        root: the data folder, resolved.
+        path: of the file, or where it may be.
+        where: names it in the message.
+
+    Raises:
+        ValueError: if it does.
+    """
     if not path.resolve().is_relative_to(root):
         raise ValueError(
             f"{where} is a link that leaves the data folder; copy the file there, or give the "
@@ -322,6 +364,8 @@ def _from_npy(path: Path, check: Callable[[Sequence[int], np.dtype], None]) -> n
 def _from_image(path: Path, *, colour: bool) -> np.ndarray:
     with Image.open(path, formats=FORMATS) as image:
         _check_map((image.height, image.width), np.dtype(np.uint8))
+        if image.format == "JPEG" and path.read_bytes().count(b"\xff\xda") > JPEG_SCANS:
+            raise ValueError(f"more than the {JPEG_SCANS} scans that are decoded")
         # Other modes of one channel hold numbers of more than 8 bits.
         as_colour = colour and image.mode in ("1", "P", "PA", "LA", "RGBA", "CMYK", "YCbCr")
         return np.asarray(image.convert("RGB") if as_colour else image)
@@ -330,21 +374,14 @@ def _from_image(path: Path, *, colour: bool) -> np.ndarray:
 def _from_stack(path: Path, stack: str, frame_id: str) -> np.ndarray:
     h5py = import_h5py()
     with h5py.File(path, "r") as file:
-        arrays = file.get(stack)
-        # Arrays may be links to other files, or lie in them.
-        if (
-            not isinstance(arrays, h5py.Dataset)
-            or arrays.file.filename != file.filename
-            or arrays.external
-            or arrays.is_virtual
-        ):
-            raise ValueError(f"it has no array {stack}")
+        arrays = hdf5_array(file, stack)
         if not 3 <= arrays.ndim <= 4:
             raise ValueError(f"{stack} has shape {arrays.shape}, expected one map per frame")
         if not (frame_id.isascii() and frame_id.isdigit()) or int(frame_id) >= len(arrays):
             raise ValueError(f"{stack} has frames 0..{len(arrays) - 1}")
         # MATLAB stores columns first.
         _check_map(arrays.shape[:0:-1], arrays.dtype)
+        _check_count(arrays.chunks or ())  # a chunk is decompressed as a whole
         return np.asarray(arrays[int(frame_id)]).T
 
 
@@ -375,4 +412,4 @@ def _reason(error: Exception) -> str:
         return f"no {' or '.join(FORMATS)} image"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+    return one_line(str(error).splitlines()[0][:200]) if str(error) else type(error).__name__

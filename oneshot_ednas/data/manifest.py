@@ -7,6 +7,7 @@ be written to; `configs/datasets/` ships one per known data set.
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
+from oneshot_ednas.data import files
 from oneshot_ednas.data.dataset import DataSet
 from oneshot_ednas.data.sources import (
     FileSource,
@@ -18,6 +19,8 @@ from oneshot_ednas.data.sources import (
 from oneshot_ednas.schema import load_yaml
 
 MANIFEST_NAME = "dataset.yaml"
+LIST_BYTES = 2**28
+"""A list of millions of frames has these; a larger file is none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,13 +96,16 @@ def read_frame_list(root: Path, relative: str, *, named_in: Path | None = None) 
         named_in: what names the file, for the message.
 
     Raises:
-        ValueError: for a missing or empty file, text that is not UTF-8, a frame that is listed
-            twice or lies outside the data folder.
+        ValueError: for a missing, empty or very large file, text that is not UTF-8, a link or a
+            frame that leaves the data folder, a frame that is listed twice.
     """
     path = root / relative
     if not path.is_file():
         source = f", named in {named_in}" if named_in is not None else ""
         raise ValueError(f"no file {relative} for a split in {root}{source}")
+    files.check_inside(root.resolve(), path, relative)
+    if path.stat().st_size > LIST_BYTES:
+        raise ValueError(f"{relative}: expected at most {LIST_BYTES} bytes of frame ids")
     try:
         # Some editors begin a file with a byte order mark; other breaks than \n may be in names.
         lines = path.read_text("utf-8-sig").split("\n")

@@ -20,6 +20,7 @@ from oneshot_ednas.data.targets import TARGET_KINDS
 _LUMA = (0.299, 0.587, 0.114)
 # Columns of the table of draws.
 _FLIP, _SCALE, _SHIFT_X, _SHIFT_Y, _BRIGHTNESS, _CONTRAST, _COLOUR = range(7)
+_NUM_DRAWS = 7
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,15 +76,20 @@ def augment(
     if unknown:
         raise ValueError(f"no kind is given for the target {unknown[0]}; given are {sorted(kinds)}")
     image = batch["image"]
-    draws = torch.rand(len(image), 7, generator=generator).to(image.device, non_blocking=True)
+    draws = torch.rand(len(image), _NUM_DRAWS, generator=generator)
+    draws = draws.to(image.device, non_blocking=True)
     result = dict(batch)
     if config.brightness or config.contrast or config.colour:
         result["image"] = _jitter(image, config, draws)
+    is_flipped = draws[:, _FLIP] < 0.5 if config.flip else None
     if config.scale != (1.0, 1.0):
-        result = _scale(result, config.scale, draws, kinds)
-    if config.flip:
-        result = _flip(result, draws[:, _FLIP] < 0.5, kinds)
-    return result
+        return _scale(result, config.scale, draws, is_flipped, kinds)
+    return result if is_flipped is None else _flip(result, is_flipped, kinds)
+
+
+def skip_samples(generator: torch.Generator, num_samples: int) -> None:
+    """Leave out the draws of that many samples, so that those after them are changed as ever."""
+    torch.rand(num_samples, _NUM_DRAWS, generator=generator)
 
 
 def _jitter(
@@ -113,9 +119,10 @@ def _scale(
     batch: dict[str, Tensor],
     limits: tuple[float, float],
     draws: Tensor,
+    is_flipped: Tensor | None,
     kinds: Mapping[str, str],
 ) -> dict[str, Tensor]:
-    """Enlarge each sample about a random place."""
+    """Enlarge each sample about a random place, and mirror the chosen ones on the way."""
     image = batch["image"]
     size, (height, width) = len(image), image.shape[-2:]
     low, high = limits
@@ -124,6 +131,8 @@ def _scale(
     # shift keeps the part inside the image, or the image inside the frame.
     reach = (1 - 1 / scale).abs()
     x = _centres(width, image) / scale[:, None] + ((draws[:, _SHIFT_X] * 2 - 1) * reach)[:, None]
+    if is_flipped is not None:
+        x = torch.where(is_flipped[:, None], x.flip(1), x)
     y = _centres(height, image) / scale[:, None] + ((draws[:, _SHIFT_Y] * 2 - 1) * reach)[:, None]
     # Between the outermost pixel centre and the border there is nothing to blend with. (That is
     # grid_sample's padding_mode="border", too, which Apple's GPUs do not have before torch 2.13.)
@@ -151,6 +160,9 @@ def _scale(
         picked = picked.view(size, -1, height, width)
         if kind.enlarged:
             picked = picked / scale[:, None, None, None] ** -kind.enlarged
+        if is_flipped is not None and kind.mirrored != (1.0,):
+            mirrored = picked * constant(kind.mirrored, picked).view(-1, 1, 1)
+            picked = torch.where(is_flipped.view(-1, 1, 1, 1), mirrored, picked)
         if low < 1:
             picked = torch.where(inside, picked, kind.invalid)
         result[name] = picked.view_as(target).to(target.dtype)

@@ -14,6 +14,16 @@ _OPERATORS = {
     value: name for name, value in vars(tflite.BuiltinOperator).items() if isinstance(value, int)
 }
 _TYPES = {value: name for name, value in vars(tflite.TensorType).items() if isinstance(value, int)}
+# What reading a damaged file may raise.
+_DAMAGE = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    TypeError,
+    ValueError,
+    struct.error,
+)
 INTEGER_TYPES = ("int8", "uint8", "int32")
 """Of tensors in a file that the Edge TPU takes."""
 
@@ -74,7 +84,7 @@ def read_contents(source: bytes | Path | str) -> Contents:
         raise ValueError(f"no TFLite file: expected {IDENTIFIER!r} at byte 4, got {data[4:8]!r}")
     try:
         return _read(data)
-    except (ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
+    except _DAMAGE as error:
         raise ValueError(f"damaged TFLite file of {len(data)} bytes ({error})") from None
 
 
@@ -90,8 +100,8 @@ def _read(data: bytes) -> Contents:
     return Contents(
         tensors=tensors,
         operators=operators,
-        inputs=tuple(tensors[i] for i in graph.InputsAsNumpy()),
-        outputs=tuple(tensors[i] for i in graph.OutputsAsNumpy()),
+        inputs=_at(tensors, graph.InputsAsNumpy()),
+        outputs=_at(tensors, graph.OutputsAsNumpy()),
         description=(model.Description() or b"").decode(),
     )
 
@@ -121,6 +131,15 @@ def _operator(
     return FileOperator(
         name=_OPERATORS[number],
         version=code.Version(),
-        inputs=tuple(tensors[i].name for i in operator.InputsAsNumpy()),
-        outputs=tuple(tensors[i].name for i in operator.OutputsAsNumpy()),
+        inputs=tuple(tensor.name for tensor in _at(tensors, operator.InputsAsNumpy())),
+        outputs=tuple(tensor.name for tensor in _at(tensors, operator.OutputsAsNumpy())),
     )
+
+
+def _at(tensors: tuple[FileTensor, ...], indices: np.ndarray | int) -> tuple[FileTensor, ...]:
+    if isinstance(indices, int):  # there are none
+        return ()
+    # -1 stands for an input that is left out; other negative ones are refused, not counted back.
+    if min(indices, default=0) < -1:
+        raise ValueError(f"expected indices of tensors, got {min(indices)}")
+    return tuple(tensors[i] for i in indices if i >= 0)

@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from oneshot_ednas.measure import open_interpreter
+from oneshot_ednas.export.sandbox import check_model
+from oneshot_ednas.measure import find_runtime, open_interpreter
 
 
 class TfliteNetwork(nn.Module):
@@ -21,13 +22,20 @@ class TfliteNetwork(nn.Module):
         """Open the file.
 
         Args:
-            source: the file, or its bytes.
+            source: a file, which is tried in a process of its own first, see `check_model`; or the
+                bytes of one that this process has made.
             kernels: `default` or `builtin`, see `oneshot_ednas.measure.open_interpreter`.
 
         Raises:
-            ValueError: if no interpreter is installed, or the file has other inputs.
+            FileNotFoundError: if there is no such file.
+            ValueError: if no interpreter is installed, it cannot run the file, or that has other
+                inputs.
         """
         super().__init__()
+        if not isinstance(source, bytes):
+            find_runtime()
+            path, source = Path(source), Path(source).read_bytes()
+            check_model(source, name=str(path), kernels=kernels)
         self.interpreter = open_interpreter(source, kernels=kernels)
         inputs = self.interpreter.get_input_details()
         if len(inputs) != 1 or len(inputs[0]["shape"]) != 4:

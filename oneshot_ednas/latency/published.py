@@ -1,9 +1,9 @@
 """The simulator held against published latencies of whole networks."""
 
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from reprlib import repr as clipped
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +16,12 @@ from oneshot_ednas.latency.edgetpu import (
     Layer,
     OutsideCalibration,
 )
+from oneshot_ednas.parsing import one_line
 from oneshot_ednas.schema import read_json
+
+MOST, MOST_SIZE, LEAST_MS = 1e12, 2**20, 1e-6
+"""The most of a time in ms or of bytes, of the size of a layer, and the shortest time in ms: no
+network comes near."""
 
 
 class PublishedNetwork(NamedTuple):
@@ -115,22 +120,22 @@ def score(networks: Sequence[PublishedNetwork], predicted_ms: Sequence[float]) -
 
 def _network(values: object, where: str) -> PublishedNetwork:
     if not isinstance(values, Mapping):
-        raise ValueError(f"{where}: expected an object, got {values!r}")
-    where = f"{where} ({values.get('model', 'no model')})"
+        raise ValueError(f"{where}: expected an object, got {clipped(values)}")
+    where = one_line(f"{where} ({clipped(values.get('model', 'no model'))[1:-1]})")
     for key in ("group", "model", "device", "host", "bus"):
         if not isinstance(values.get(key), str):
-            raise ValueError(f"{where}: {key} must be text, got {values.get(key)!r}")
+            raise ValueError(f"{where}: {key} must be text, got {clipped(values.get(key))}")
     offchip = "offchip_param_bytes"
     for key in ("measured_ms", "input_bytes", "output_bytes", *{offchip} & values.keys()):
         value: Any = values.get(key)
         # `type` because true and false are integers to isinstance.
-        if type(value) not in (int, float) or not 0 <= value < math.inf:
-            raise ValueError(f"{where}: {key} must be a number of 0 or more, got {value!r}")
-    if values["measured_ms"] == 0:
-        raise ValueError(f"{where}: measured_ms must be positive, got 0")
+        if type(value) not in (int, float) or not 0 <= value <= MOST:
+            raise ValueError(f"{where}: {key} must be a number of 0 or more, got {clipped(value)}")
+    if values["measured_ms"] < LEAST_MS:
+        raise ValueError(f"{where}: measured_ms must be positive, got {values['measured_ms']}")
     layers = values.get("layers")
     if not isinstance(layers, list) or not layers:
-        raise ValueError(f"{where}: layers must be a non-empty list, got {layers!r}")
+        raise ValueError(f"{where}: layers must be a non-empty list, got {clipped(layers)}")
     return PublishedNetwork(
         group=values["group"],
         model=values["model"],
@@ -146,12 +151,16 @@ def _network(values: object, where: str) -> PublishedNetwork:
 def _layer(values: object, where: str) -> Layer:
     fields = Layer._fields
     if not isinstance(values, (list, tuple)) or len(values) != len(fields):
-        raise ValueError(f"{where}: expected {len(fields)} values ({fields}), got {values!r}")
+        raise ValueError(
+            f"{where}: expected {len(fields)} values ({fields}), got {clipped(values)}"
+        )
     op, *sizes = values
     if op not in OPS:
-        raise ValueError(f"{where}: unknown op {op!r}; known: {', '.join(OPS)}")
-    if any(type(size) is not int or size < 1 for size in sizes):
-        raise ValueError(f"{where}: sizes must be whole numbers of 1 or more, got {sizes}")
+        raise ValueError(f"{where}: unknown op {clipped(op)}; known: {', '.join(OPS)}")
+    if any(type(size) is not int or not 1 <= size <= MOST_SIZE for size in sizes):
+        raise ValueError(
+            f"{where}: sizes must be whole numbers of 1 or more, below 2^20, got {clipped(sizes)}"
+        )
     return Layer(op, *sizes)
 
 
@@ -163,5 +172,5 @@ def _host(device: str, bus: str, where: str) -> str:
     hosts = {"USB3": "usb3-desktop", "USB2": "usb2-raspberry-pi", "PCIE": "pcie-desktop"}
     host = "pcie-devboard" if on_board else hosts.get(bus_name[:4])
     if host is None:
-        raise ValueError(f"{where}: bus must be USB 2, USB 3, PCIe or empty, got {bus!r}")
+        raise ValueError(f"{where}: bus must be USB 2, USB 3, PCIe or empty, got {clipped(bus)}")
     return host

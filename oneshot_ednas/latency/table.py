@@ -8,22 +8,30 @@ streaming of the parameter bytes that do not fit the on-chip cache. All times ar
 import csv
 import io
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
+from reprlib import repr as clipped
 from typing import Literal
 
 from oneshot_ednas.architecture import Architecture
 from oneshot_ednas.latency.costs import SpaceCosts, space_costs
 from oneshot_ednas.latency.operations import OPERATION_KINDS, Operation
-from oneshot_ednas.schema import dump_yaml, parse_yaml, read_text, to_plain
+from oneshot_ednas.parsing import one_line, read_limited
+from oneshot_ednas.schema import dump_yaml, parse_yaml, to_plain
 from oneshot_ednas.space import SearchSpace
 from oneshot_ednas.store import write_text
 
 FORMAT = 1
 UNIT = "ms"
+TABLE_BYTES = 2**24
+"""Files of more are refused; the table of a large space has a hundred thousand."""
+MOST = 1e12
+"""Of times in ms and of bytes: no device comes near, and sums over networks stay finite."""
 _KEY = [field.name for field in fields(Operation)]
+_WHOLE = re.compile("[0-9]{1,12}")
 _COLUMNS = [*_KEY, "latency_ms", "spread_ms", "parameter_bytes"]
 
 
@@ -124,8 +132,9 @@ class TableHeader:
 
     def _check_at_least(self, name: str, least: int) -> None:
         value = getattr(self, name)
-        if value is not None and not (value >= least and math.isfinite(value)):
+        if value is not None and not least <= value <= MOST:
             expected = f"a finite number >= {least}" if least == 0 else f"at least {least}"
+            expected += f", at most {MOST:g}" if MOST < value < math.inf else ""
             raise ValueError(f"{name}: expected {expected}, got {value}")
 
     def to_yaml(self) -> str:
@@ -275,7 +284,7 @@ class LatencyTable:
                 f"no latency table {path}; build one with oneshot-ednas latency table SPACE "
                 f"--image-size H W --out CSV"
             )
-        return cls.from_text(read_text(Path(path)), name=Path(path).name)
+        return cls.from_text(read_limited(Path(path), TABLE_BYTES), name=Path(path).name)
 
     @classmethod
     def from_text(cls, text: str, *, name: str) -> "LatencyTable":
@@ -286,16 +295,18 @@ class LatencyTable:
         header = parse_yaml(header_text, TableHeader, source=name)
         if count == len(lines) or lines[count].split(",") != _COLUMNS:
             got = lines[count] if count < len(lines) else "the end of the file"
-            raise ValueError(f"{name}:{count + 1}: expected {','.join(_COLUMNS)}, got {got}")
+            raise ValueError(
+                one_line(f"{name}:{count + 1}: expected {','.join(_COLUMNS)}, got {got}")
+            )
         if not text.endswith("\n"):
             # A last number that lost digits would pass for a whole one.
             raise ValueError(f"{name}:{len(lines)}: no end of line; the file may be truncated")
         rows: dict[Operation, TableRow] = {}
-        for number, cells in enumerate(csv.reader(lines[count + 1 :]), start=count + 2):
+        for number, line in enumerate(lines[count + 1 :], start=count + 2):
             try:
-                operation, row = _read_row(cells)
+                operation, row = _read_row(line.split(","))
             except ValueError as error:
-                raise ValueError(f"{name}:{number}: {error}") from None
+                raise ValueError(one_line(f"{name}:{number}: {error}")) from None
             if operation in rows:
                 raise ValueError(f"{name}:{number}: a second row for {operation}")
             rows[operation] = row
@@ -332,7 +343,8 @@ def _read_row(cells: list[str]) -> tuple[Operation, TableRow]:
     values = dict(zip(_COLUMNS, cells, strict=True))
     op = values.pop("op")
     if op not in OPERATION_KINDS:
-        raise ValueError(f"op: expected one of {', '.join(OPERATION_KINDS)}, got {op}")
+        known = ", ".join(OPERATION_KINDS)
+        raise ValueError(f"op: expected one of {known}, got {op[:40]}")
     latency_ms, spread_ms = _number(values, "latency_ms"), _number(values, "spread_ms")
     parameter_bytes = _whole(values, "parameter_bytes")
     numbers = {name: _whole(values, name) for name in _KEY if name not in ("op", "residual")}
@@ -347,13 +359,14 @@ def _number(values: Mapping[str, str], name: str) -> float:
     try:
         value = float(values[name])
     except ValueError:
-        raise ValueError(f"{name}: expected a number, got {values[name]!r}") from None
-    if not (value >= 0 and math.isfinite(value)):
-        raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
+        raise ValueError(f"{name}: expected a number, got {clipped(values[name])}") from None
+    if not 0 <= value <= MOST:
+        most = f", at most {MOST:g}" if MOST < value < math.inf else ""
+        raise ValueError(f"{name}: expected a finite number >= 0{most}, got {value}")
     return value
 
 
 def _whole(values: Mapping[str, str], name: str) -> int:
-    if not values[name].isdigit():
-        raise ValueError(f"{name}: expected a whole number >= 0, got {values[name]!r}")
+    if not _WHOLE.fullmatch(values[name]):
+        raise ValueError(f"{name}: expected a whole number >= 0, got {clipped(values[name])}")
     return int(values[name])

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from oneshot_ednas.architecture import Architecture
 from oneshot_ednas.models.blocks import ElasticBlock, SharingConfig
 from oneshot_ednas.models.layers import ConvBN
-from oneshot_ednas.relaxation import Gates
+from oneshot_ednas.relaxation import Gates, HardGates
 from oneshot_ednas.space import SearchSpace
 
 
@@ -41,15 +41,22 @@ class Backbone(nn.Module):
         x = self.stem(images)
         taps = []
         in_gate = x.new_ones(1)
+        idle_ops = run.idle_ops if isinstance(run, HardGates) else ((),) * len(self.blocks)
         for number, block in enumerate(self.blocks, start=1):
             gates = run.blocks[number - 1] if isinstance(run, Architecture) else run[number - 1]
             if self.checkpoint_activations and self.training:
                 # A supernet's BN keeps no statistics, so nothing is counted twice.
                 x = checkpoint(
-                    block, x, gates, in_gate, use_reentrant=False, preserve_rng_state=False
+                    block,
+                    x,
+                    gates,
+                    in_gate,
+                    idle_ops[number - 1],
+                    use_reentrant=False,
+                    preserve_rng_state=False,
                 )
             else:
-                x = block(x, gates, in_gate)
+                x = block(x, gates, in_gate, idle_ops[number - 1])
             if not isinstance(run, Architecture):
                 in_gate = gates.filters
             if number in self.tap_blocks:

@@ -251,7 +251,11 @@ class ElasticBlock(nn.Module):
         self.register_buffer("hidden_steps", hidden_steps(spec, in_filters), persistent=False)
 
     def forward(
-        self, x: Tensor, run: BlockArchitecture | BlockGates, in_gate: Tensor | None = None
+        self,
+        x: Tensor,
+        run: BlockArchitecture | BlockGates,
+        in_gate: Tensor | None = None,
+        idle_ops: tuple[int, ...] = (),
     ) -> Tensor:
         """Run one option's slices, or the mixture of all options.
 
@@ -260,6 +264,7 @@ class ElasticBlock(nn.Module):
                 already masked by the block before.
             run: the option, or this block's gates.
             in_gate: with gates: over the in-width options, the `filters` gate of the block before.
+            idle_ops: with gates: indices of ops whose gate is known to be 0.
 
         Returns:
             `[batch, filters, height, width]`; of a mixture at the largest width, masked.
@@ -267,7 +272,7 @@ class ElasticBlock(nn.Module):
         if isinstance(run, BlockArchitecture):
             return self._sliced(x, run)
         assert in_gate is not None
-        return self._relaxed(x, run, in_gate)
+        return self._relaxed(x, run, in_gate, idle_ops)
 
     def own_weights(self, in_channels: int, block: BlockArchitecture) -> dict[str, Tensor]:
         """By name, what an option has that is no leading part of the tensor of that name."""
@@ -281,7 +286,9 @@ class ElasticBlock(nn.Module):
         has_residual = self.spec.stride == 1 and x.shape[1] == block.filters
         return x + y if has_residual else y
 
-    def _relaxed(self, x: Tensor, gates: BlockGates, in_gate: Tensor) -> Tensor:
+    def _relaxed(
+        self, x: Tensor, gates: BlockGates, in_gate: Tensor, idle_ops: tuple[int, ...]
+    ) -> Tensor:
         kernel_mask = torch.einsum("k,khw->hw", gates.kernel_size, self.kernel_steps.to(x.dtype))
         hidden_mask = torch.einsum(
             "i,e,iec->c", in_gate, gates.expand_ratio, self.hidden_steps.to(x.dtype)
@@ -297,7 +304,10 @@ class ElasticBlock(nn.Module):
         mixed = []
         for index, op in enumerate(self.spec.ops):
             branch = cast(IBN | FusedIBN, self.branches[op])
-            mixed.append(gates.op[index] * branch.relaxed(x, mixture))
+            # What is times 0 has no gradient but that of its gate, for which its value is enough.
+            with torch.set_grad_enabled(torch.is_grad_enabled() and index not in idle_ops):
+                y = branch.relaxed(x, mixture)
+            mixed.append(gates.op[index] * y)
         y = sum(mixed[1:], start=mixed[0]) * out_mask
         pairs = self._equal_widths()
         if not pairs:

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from oneshot_ednas.distributed import is_bn_synced, synced_batch_norm
+
 BN_EPS = 1e-3
 """As in EfficientNet."""
 BN_MOMENTUM = 0.1
@@ -93,11 +95,23 @@ class ElasticBatchNorm(nn.Module):
         """
         c = x.shape[1]
         weight, bias = self.affine(option)
-        update = self.training and self.momentum > 0
+        has_running = self.momentum > 0 or not self.training
+        running_mean = self.running_mean[:c] if has_running else None
+        running_var = self.running_var[:c] if has_running else None
+        if self.training and is_bn_synced():
+            return synced_batch_norm(
+                x,
+                weight[:c],
+                bias[:c],
+                running_mean,
+                running_var,
+                momentum=self.momentum,
+                eps=BN_EPS,
+            )
         return F.batch_norm(
             x,
-            self.running_mean[:c] if update or not self.training else None,
-            self.running_var[:c] if update or not self.training else None,
+            running_mean,
+            running_var,
             weight[:c],
             bias[:c],
             training=self.training,

@@ -23,7 +23,7 @@ from oneshot_ednas.training import (
     training_macs,
 )
 from oneshot_ednas.trial import Outcome
-from oneshot_ednas.workers import Workers
+from oneshot_ednas.workers import Interruptible, Workers
 
 MAX_FAILURES_IN_A_ROW = 10
 """More than chance explains: the search stops instead of failing to its end."""
@@ -156,6 +156,8 @@ class MultiTrialSearch:
         """Trials on the workers, and when they began."""
         self._waiting: list[Trial] = []
         """Duplicates of those."""
+        self._replayed: list[dict[str, float]] = []
+        """What the log says of the trials that had ended."""
         self._replay()
 
     def _replay(self) -> None:
@@ -165,6 +167,7 @@ class MultiTrialSearch:
         for number, (_, trial, is_end) in enumerate(sorted(events, key=lambda event: event[0])):
             if is_end:
                 self._tell(trial)
+                self._replayed.append(self._logged(trial))
             else:
                 self._check_equal(trial, self._next_trial(event=number))
                 self._register(trial)
@@ -189,18 +192,24 @@ class MultiTrialSearch:
             ValueError: if the trials' file is damaged.
         """
         left = deque(trial for trial in self.store.trials.values() if trial.ended is None)
-        folder, total = self.problem.files.folder, self.config.num_trials
-        ended = len(self.store.trials) - len(left)
-        with StageLog(folder, "search", total=total, start=ended) as log:
+        total = self.config.num_trials
+        # From the first trial on: a kill may have lost the lines of trials that the store has.
+        with StageLog(self.problem.files.folder, "search", total=total) as log:
+            for step, values in enumerate(self._replayed):
+                log.scalars(step, values)
+            log.advance(self._num_ended, "")
             try:
-                self._run(workers, left, log)
-            except BaseException as error:
-                self._keep_finished()
-                if isinstance(error, KeyboardInterrupt):
-                    raise Interrupted(
-                        f"stopped after {self._num_ended} of {total} trials"
-                    ) from None
-                raise
+                with Interruptible() as self._signals:
+                    self._run_until_error(workers, left, log)
+            except KeyboardInterrupt:
+                raise Interrupted(f"stopped after {self._num_ended} of {total} trials") from None
+
+    def _run_until_error(self, workers: Workers, left: deque[Trial], log: StageLog) -> None:
+        try:
+            self._run(workers, left, log)
+        except BaseException:
+            self._keep_finished()
+            raise
 
     def _run(self, workers: Workers, left: deque[Trial], log: StageLog) -> None:
         while True:
@@ -208,7 +217,8 @@ class MultiTrialSearch:
                 self._begin(left.popleft() if left else self._propose(), workers, log)
             if not self._running:
                 return
-            done, _ = wait(self._running, return_when=FIRST_COMPLETED)
+            with self._signals.allowed():
+                done, _ = wait(self._running, return_when=FIRST_COMPLETED)
             for future in sorted(done, key=lambda future: self._running[future][0].number):
                 self._finish(future, log)
 
@@ -270,7 +280,8 @@ class MultiTrialSearch:
                 self._end_duplicate(trial, original, log)
             return
         began = time.perf_counter()
-        future = workers.executor.submit(self.train, trial.architecture, trial.seed)
+        with self._signals.allowed():  # a single worker trains here
+            future = workers.executor.submit(self.train, trial.architecture, trial.seed)
         self._running[future] = trial, began
 
     def _finish(self, future: Future[Outcome], log: StageLog) -> None:
@@ -345,14 +356,18 @@ class MultiTrialSearch:
         trial = replace(trial, ended=self.store.num_events)
         self.store.end(trial)
         self._tell(trial)
-        values = {"macs": self._spent, "latency_ms": trial.latency_ms}
-        if trial.reward is not None:
-            values |= {"reward": trial.reward, "best_reward": self._best or 0.0}
-        log.scalars(self._num_ended - 1, values)
+        log.scalars(self._num_ended - 1, self._logged(trial))
         log.advance(
             self._num_ended,
             f"validation reward {trial.reward or 0:.4f}  best {self._best or 0:.4f}",
         )
+
+    def _logged(self, trial: Trial) -> dict[str, float]:
+        """What the log says of a trial that has just ended."""
+        values = {"macs": self._spent, "latency_ms": trial.latency_ms}
+        if trial.reward is not None:
+            values |= {"reward": trial.reward, "best_reward": self._best or 0.0}
+        return values
 
     def _tell(self, trial: Trial) -> None:
         if trial.reward is not None:
@@ -363,9 +378,15 @@ class MultiTrialSearch:
 
     def _keep_finished(self) -> None:
         """Lose no trial that is done when the search stops."""
+        failure: Exception | None = None
         for future, (trial, began) in self._running.items():
             # A failure may come of the stop itself; its trial is done again.
             if future.done() and not future.cancelled() and future.exception() is None:
                 ended = self._scored(trial, future.result(), began)
                 if ended.state == "done":
-                    self.store.end(replace(ended, ended=self.store.num_events))
+                    try:
+                        self.store.end(replace(ended, ended=self.store.num_events))
+                    except (RuntimeError, ValueError) as error:  # the others are kept beside it
+                        failure = failure or error
+        if failure is not None:
+            raise failure

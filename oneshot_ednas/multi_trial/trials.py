@@ -8,17 +8,25 @@ import json
 import os
 import sqlite3
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from oneshot_ednas.architecture import Architecture
+from oneshot_ednas.multi_trial.database import (
+    clear_errors,
+    damaged,
+    let_go,
+    open_to_write,
+    read_beside_writer,
+    start_log,
+    unsaved_path,
+)
 from oneshot_ednas.training import Metrics
 
 FORMAT = 1
-BUSY_SECONDS = 15.0
-"""How long to wait for another process that has locked the file."""
 RESERVE_BYTES = 64 * 1024
 """Set aside for trials that end when the file cannot be written: about 2 KB each."""
 
@@ -85,13 +93,8 @@ def read_trials(path: str | Path) -> list[Trial]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no trials {path}")
-    # What a killed search left half-written is undone by whoever opens the file next: by writing.
-    is_left = path.with_name(f"{path.name}-journal").exists()
-    with (
-        _clear_errors(path, then="try again"),
-        closing(_connect(path, "rw" if is_left else "ro")) as connection,
-    ):
-        return _read(path, connection)
+    with clear_errors(path, then="try again"):
+        return read_beside_writer(path, partial(_read, path))
 
 
 class TrialStore:
@@ -110,29 +113,32 @@ class TrialStore:
             RuntimeError: if another process keeps it locked, or the disk is full.
         """
         self.path, self.commit_every = path, commit_every
-        self._unsaved_path = path.with_name(f"{path.stem}.unsaved.jsonl")
+        self._unsaved_path = unsaved_path(path)
         self._unsaved: list[dict[str, Any]] = []
         self._is_broken = False
         """The file could not be written once: it is not tried again."""
         self._uncommitted = 0
-        is_new = not path.exists() or path.stat().st_size == 0
-        with _clear_errors(path):
-            self._connection = _connect(path, "rwc")
+        with clear_errors(path):
+            self._connection = open_to_write(path)
         try:
-            with _clear_errors(path):
-                if is_new:
-                    self._begin()
+            with clear_errors(path):
+                self._begin_if_empty()
                 self.trials = {trial.number: trial for trial in _read(path, self._connection)}
             self.num_events = len(self.trials)
             """Proposals and ends so far."""
             self.num_events += sum(trial.ended is not None for trial in self.trials.values())
             self._take_in_unsaved()
+            with clear_errors(path):
+                start_log(path, self._connection)
             self._reserve()
         except BaseException:
-            self._connection.close()
+            let_go(self._connection)
             raise
 
-    def _begin(self) -> None:
+    def _begin_if_empty(self) -> None:
+        (count,) = self._connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        if count:
+            return
         columns = ", ".join(f"{name} {kind}" for name, kind in _COLUMNS.items())
         with self._connection as connection:
             connection.execute("BEGIN IMMEDIATE")
@@ -140,19 +146,19 @@ class TrialStore:
             connection.execute(f"PRAGMA user_version = {FORMAT}")
 
     def close(self) -> None:
-        """Commit what is left, and close the file.
+        """Commit what is left, and let the file go.
 
         Raises:
             RuntimeError: if that fails.
         """
         try:
             if not self._is_broken:
-                with _clear_errors(self.path):
+                with clear_errors(self.path):
                     self._connection.commit()
-        finally:
-            self._connection.close()
             if not self._unsaved:
                 self._unsaved_path.unlink(missing_ok=True)
+        finally:
+            let_go(self._connection)
 
     def __enter__(self) -> "TrialStore":
         return self
@@ -219,7 +225,7 @@ class TrialStore:
     def _writing(self) -> Iterator[None]:
         """Around one event; commits if it is time to."""
         try:
-            with _clear_errors(self.path):
+            with clear_errors(self.path):
                 yield
                 self._uncommitted += 1
                 if self._uncommitted >= self.commit_every:
@@ -254,16 +260,23 @@ class TrialStore:
         self._unsaved.append(row)
         data = "".join(json.dumps(one) + "\n" for one in self._unsaved).encode()
         # In place: on a full disk there is no room but what was reserved.
-        mode = "r+b" if self._unsaved_path.exists() else "wb"
-        with self._unsaved_path.open(mode) as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            mode = "r+b" if self._unsaved_path.exists() else "wb"
+            with self._unsaved_path.open(mode) as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise RuntimeError(
+                f"{self._unsaved_path}: {error.strerror or error}; trial {row['number']} has just "
+                f"ended and can be written nowhere, it will be done again; see that the folder can "
+                f"be written, then go on with --resume"
+            ) from None
 
     def _take_in_unsaved(self) -> None:
         if not self._unsaved_path.exists():
             return
-        with _clear_errors(self.path):
+        with clear_errors(self.path):
             for number, line in enumerate(self._unsaved_path.read_text().splitlines(), start=1):
                 if not line:
                     continue
@@ -284,12 +297,7 @@ class TrialStore:
         self._unsaved_path.unlink()
 
 
-# SQLite -------------------------------------------------------------------------------------
-
-
-def _connect(path: Path, mode: Literal["ro", "rw", "rwc"]) -> sqlite3.Connection:
-    address = f"{path.absolute().as_uri()}?mode={mode}"
-    return sqlite3.connect(address, uri=True, timeout=BUSY_SECONDS)
+# Rows ---------------------------------------------------------------------------------------
 
 
 def _read(path: Path, connection: sqlite3.Connection) -> list[Trial]:
@@ -298,14 +306,18 @@ def _read(path: Path, connection: sqlite3.Connection) -> list[Trial]:
         raise ValueError(
             f"{path}: expected trials of format {FORMAT}, got {form}; choose another --out"
         )
+    # A view could stand in for the table and never end, a trigger change what is written.
+    held = "SELECT type, name FROM sqlite_master WHERE name NOT LIKE 'sqlite\\_%' ESCAPE '\\'"
+    if connection.execute(held).fetchall() != [("table", "trials")]:
+        raise ValueError(damaged(path, "expected one table, trials, and nothing else"))
     (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
     if found != "ok":
-        raise ValueError(_damaged(path, " ".join(found.split())))
+        raise ValueError(damaged(path, " ".join(found.split())))
     cursor = connection.execute(f"SELECT {', '.join(_COLUMNS)} FROM trials ORDER BY number")
     try:
         return [_from_row(dict(zip(_COLUMNS, row, strict=True))) for row in cursor]
     except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(_damaged(path, str(error))) from None
+        raise ValueError(damaged(path, str(error))) from None
 
 
 def _to_row(trial: Trial) -> dict[str, Any]:
@@ -322,37 +334,3 @@ def _from_row(row: Mapping[str, Any]) -> Trial:
     values["choices"] = tuple(json.loads(row["choices"]))
     values["metrics"] = None if row["metrics"] is None else json.loads(row["metrics"])
     return Trial(**values)
-
-
-@contextmanager
-def _clear_errors(path: Path, *, then: str = "go on with --resume") -> Iterator[None]:
-    """SQLite's errors as one line that says what to do; what has been committed stays."""
-    try:
-        yield
-    except sqlite3.IntegrityError as error:
-        raise RuntimeError(
-            f"{path}: another process writes trials too ({error}); let only one search run in a "
-            f"folder"
-        ) from None
-    except sqlite3.OperationalError as error:
-        raise RuntimeError(
-            f"{path}: {error}; finished trials are kept; {_cure(error)}, then {then}"
-        ) from None
-    except sqlite3.DatabaseError as error:
-        raise ValueError(_damaged(path, str(error))) from None
-
-
-def _cure(error: sqlite3.OperationalError) -> str:
-    code = error.sqlite_errorcode & 0xFF  # without the extended part
-    if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-        return "end the other process that has it open"
-    if code == sqlite3.SQLITE_FULL:
-        return "make room on the disk"
-    return "see that folder and file can be written"
-
-
-def _damaged(path: Path, reason: str) -> str:
-    return (
-        f"{path}: damaged or no file of trials ({reason}); nothing was written to it; put a copy "
-        f'in its place, or save what can be read with: sqlite3 {path.name} ".recover"'
-    )

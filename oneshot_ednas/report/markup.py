@@ -39,9 +39,13 @@ def table(head: Sequence[object], rows: Iterable[Sequence[object]], class_: str)
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table whose first column is text and whose others are figures."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join(
-        f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines
-    )
+    return "\n".join(f"| {' | '.join(map(markdown_text, line))} |" for line in lines)
+
+
+def markdown_text(text: str) -> str:
+    """Text inside Markdown: one line, in which nothing is HTML, a link, or the end of a cell."""
+    line = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
+    return line.replace("](", "]\\(").replace("|", "\\|")
 
 
 def figure(png: bytes, caption: str) -> Html:

@@ -96,7 +96,15 @@ def write_report(
         tasks=tasks,
         space=space,
     )
-    text = document(
+    text = report_text(run, mosaic, class_names)
+    write_bytes(folder / "predictions.png", mosaic)
+    write_text(folder / "report.html", text)
+    return folder / "report.html"
+
+
+def report_text(run: _Run, mosaic: bytes, class_names: Mapping[str, Sequence[str]]) -> str:
+    """The page of a run, see `write_report`."""
+    return document(
         f"oneshot-ednas: {run.space.name}, {run.results['target_ms']:g} ms",
         _headline(run),
         {
@@ -105,7 +113,7 @@ def write_report(
             "curves": ("Search and training", _curves(run)),
             "predictions": (
                 "Predictions on test frames",
-                predictions_section(mosaic, tasks, class_names),
+                predictions_section(mosaic, run.tasks, class_names),
             ),
             "gap": ("From supernet to derived network", _gap(run)),
             "export": ("Export", _export(run)),
@@ -115,9 +123,6 @@ def write_report(
             ),
         },
     )
-    write_bytes(folder / "predictions.png", mosaic)
-    write_text(folder / "report.html", text)
-    return folder / "report.html"
 
 
 def _headline(run: _Run) -> Html:

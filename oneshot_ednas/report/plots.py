@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -41,6 +42,8 @@ STYLE: Any = {
     "legend.handlelength": 1.5,
     "legend.handletextpad": 0.5,
     "lines.linewidth": 1.6,
+    # Names of tasks, classes and networks may hold dollars, and are no formulas.
+    "text.parse_math": False,
 }
 PIXELS_PER_INCH = 160
 PANEL_INCHES = (3.9, 2.8)
@@ -109,9 +112,10 @@ class RunLog:
         """Read what there is: no file is no lines, and a line torn by a crash is left out."""
         lines = []
         for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-            with suppress(ValueError):
+            with suppress(ValueError, RecursionError):
                 lines.append(json.loads(line))
-        return cls(lines)
+        rows = (line for line in lines if isinstance(line, dict))
+        return cls([row for row in rows if "stage" in row and "step" in row])
 
     def stages(self, prefix: str) -> list[str]:
         """Stages whose name begins so, in order of their first line."""
@@ -356,5 +360,8 @@ def draw_panels(
 def to_png(figure: Figure, dpi: int = PIXELS_PER_INCH) -> bytes:
     """The bytes of a PNG file of a figure."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi)
+    with warnings.catch_warnings():
+        # A name in a script that the font lacks is drawn as boxes; the page beside it has the name.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        figure.savefig(buffer, format="png", dpi=dpi)
     return buffer.getvalue()

@@ -12,9 +12,10 @@ from oneshot_ednas.balancing import Balancing
 from oneshot_ednas.checkpoint import load_checkpoint, save_checkpoint
 from oneshot_ednas.data.packed import PackedSplit
 from oneshot_ednas.data.transforms import AugmentConfig
+from oneshot_ednas.determinism import random_state, set_random_state
 from oneshot_ednas.guard import StepGuard
 from oneshot_ednas.tasks import Task
-from oneshot_ednas.training import LoopConfig, StageLog, run_steps, training_batch
+from oneshot_ednas.training import LoopConfig, StageLog, run_steps, seed_step, training_batch
 
 
 class StepsConfig(Protocol):
@@ -87,9 +88,7 @@ class ResumableSearch(ABC):
             **{name: module.state_dict() for name, module in self.modules.items()},
             **{name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "balancing": self.balancing.state_dict(),
-            # Order and draws are functions of seed and step; torch's own state is kept for code
-            # that draws from it, such as dropout in a backbone or a user's task.
-            "torch_random_state": torch.get_rng_state(),
+            **random_state(self.device),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -116,7 +115,7 @@ class ResumableSearch(ABC):
         for name in ("step", *self.kept):
             setattr(self, name, state[name])
         self.guard.num_skipped = state.get("num_skipped", 0)
-        torch.set_rng_state(state["torch_random_state"])
+        set_random_state(state, self.device)
 
     def resume(self, checkpoint: Path) -> None:
         """Continue from a checkpoint file where there is one.
@@ -143,6 +142,7 @@ class ResumableSearch(ABC):
         """
 
         def take_step(step: int) -> dict[str, float | Tensor]:
+            seed_step(self.seed, self.stage, step)
             values = self.take_step(step)
             self.step = step + 1
             if step % (10 * self.config.loop.log_every) == 0:

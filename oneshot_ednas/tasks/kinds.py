@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from oneshot_ednas.constants import constant
 from oneshot_ednas.schema import imported, nearest
 from oneshot_ednas.tasks import conventions, edges, losses, metrics, pictures
 
@@ -186,7 +187,12 @@ class TaskKind:
     """(decoded output, target, config) to a scalar."""
 
     distillation_loss: Callable[[Tensor, Tensor], Tensor]
-    """(decoded output of the student, of the teacher) to a scalar."""
+    """(decoded output of the student, of the teacher) to a scalar, a mean over the frames."""
+
+    divisor: Callable[[Tensor, TaskConfig], Tensor | None] = lambda target, config: None
+    """(target, config) to what `loss` divides a sum over pixels by, such as the number of valid
+    ones, so that losses of parts of a batch have a mean; None where the loss is no such mean: then
+    each of several processes computes it on the whole batch."""
 
     picture: Callable[[np.ndarray, TaskConfig], np.ndarray]
     """Map in the layout of the data set to RGB."""
@@ -290,6 +296,24 @@ def _cross_entropy(logits: Tensor, target: Tensor, config: TaskConfig) -> Tensor
     return losses.cross_entropy(logits, target, class_weights=config.class_weights)
 
 
+def _labels_divisor(target: Tensor, config: TaskConfig) -> Tensor:
+    if config.class_weights is None:
+        return losses.label_weight(target)
+    weights = constant(config.class_weights, torch.empty((), device=target.device))
+    return losses.label_weight(target, class_weights=weights)
+
+
+def _binary_divisor(target: Tensor, config: TaskConfig) -> Tensor | None:
+    # Without a weight of its own, the loss takes the share of positive pixels in the whole batch.
+    if config.positive_weight is None and config.kind != "edges":
+        return None
+    return losses.label_weight(target)
+
+
+def _depth_divisor(target: Tensor, config: TaskConfig) -> Tensor:
+    return metrics.valid_depth(target).sum()
+
+
 def _edge_loss(logits: Tensor, target: Tensor, config: TaskConfig) -> Tensor:
     weight = 0.95 if config.positive_weight is None else config.positive_weight
     return losses.balanced_cross_entropy(logits, target, positive_weight=weight)
@@ -340,6 +364,7 @@ TASK_KINDS: dict[str, TaskKind] = {
         decode=lambda logits, config: logits,
         predict=lambda logits: logits.argmax(dim=1),
         loss=_cross_entropy,
+        divisor=_labels_divisor,
         distillation_loss=losses.soft_cross_entropy,
         picture=_segmentation_picture,
         settings=frozenset({"num_classes", "class_weights"}),
@@ -363,6 +388,7 @@ TASK_KINDS: dict[str, TaskKind] = {
         decode=lambda logits, config: logits,
         predict=lambda logits: logits.argmax(dim=1),
         loss=_cross_entropy,
+        divisor=_labels_divisor,
         distillation_loss=losses.soft_cross_entropy,
         picture=_segmentation_picture,
         settings=frozenset({"num_classes", "class_weights"}),
@@ -385,6 +411,7 @@ TASK_KINDS: dict[str, TaskKind] = {
         loss=lambda logits, target, config: losses.balanced_cross_entropy(
             logits, target, positive_weight=config.positive_weight
         ),
+        divisor=_binary_divisor,
         distillation_loss=losses.soft_binary_cross_entropy,
         picture=lambda values, config: pictures.binary_picture(values),
         settings=frozenset({"positive_weight"}),
@@ -405,6 +432,7 @@ TASK_KINDS: dict[str, TaskKind] = {
         decode=lambda logits, config: logits,
         predict=_probability,
         loss=_edge_loss,
+        divisor=_binary_divisor,
         distillation_loss=losses.soft_binary_cross_entropy,
         picture=lambda values, config: pictures.binary_picture(values),
         settings=frozenset({"positive_weight", "max_distance"}),
@@ -433,6 +461,7 @@ TASK_KINDS: dict[str, TaskKind] = {
         decode=lambda output, config: output * config.scale,
         predict=lambda depth_m: depth_m.clamp_min(0),
         loss=_depth_loss,
+        divisor=_depth_divisor,
         distillation_loss=F.l1_loss,
         picture=lambda depth_m, config: pictures.depth_picture(depth_m),
         spans=pictures.positive,
@@ -458,6 +487,7 @@ TASK_KINDS: dict[str, TaskKind] = {
         loss=lambda pred, target, config: losses.log_depth_l1(
             pred, target, metrics.valid_depth(target)
         ),
+        divisor=_depth_divisor,
         distillation_loss=F.l1_loss,
         picture=lambda depth_m, config: pictures.depth_picture(depth_m),
         spans=pictures.positive,
@@ -486,6 +516,7 @@ TASK_KINDS: dict[str, TaskKind] = {
         decode=lambda output, config: output * config.scale,
         predict=lambda disparity: disparity.clamp_min(0),
         loss=_depth_loss,
+        divisor=_depth_divisor,
         distillation_loss=F.l1_loss,
         picture=lambda disparity, config: pictures.disparity_picture(disparity),
         spans=pictures.positive,
@@ -516,6 +547,7 @@ TASK_KINDS: dict[str, TaskKind] = {
         loss=lambda pred, target, config: losses.inverse_cosine_similarity(
             pred, target, metrics.valid_normals(target)
         ),
+        divisor=lambda target, config: metrics.valid_normals(target).sum(),
         distillation_loss=_normals_distillation,
         picture=lambda normals, config: pictures.normals_picture(normals),
     ),
@@ -536,6 +568,7 @@ TASK_KINDS: dict[str, TaskKind] = {
         decode=lambda output, config: output * config.scale,
         predict=lambda values: values,
         loss=lambda pred, target, config: losses.l1(pred, target, torch.isfinite(target)),
+        divisor=lambda target, config: torch.isfinite(target).sum(),
         distillation_loss=F.l1_loss,
         picture=lambda values, config: pictures.heatmap_picture(values),
         spans=lambda values: np.where(np.isfinite(values), values, np.nan),

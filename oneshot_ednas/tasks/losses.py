@@ -56,13 +56,32 @@ def cross_entropy(
     known = torch.where(valid.unsqueeze(1), logits, 0)
     if class_weights is None:
         per_pixel = F.cross_entropy(known, target, ignore_index=ignore, reduction="none")
-        return per_pixel.sum() / valid.sum().clamp_min(1)
+        return per_pixel.sum() / label_weight(target, ignore=ignore).clamp_min(1)
     weights = constant(tuple(class_weights), known)
     # Summed here: on a GPU, its own sum has no order, and so no deterministic result.
     per_pixel = F.cross_entropy(known, target, weights, ignore_index=ignore, reduction="none")
     total = per_pixel.sum()
-    weight = torch.where(valid, weights[torch.where(valid, target, 0)], 0).sum()
+    weight = label_weight(target, ignore=ignore, class_weights=weights)
     return total / torch.where(weight > 0, weight, 1)
+
+
+def label_weight(
+    target: Int64[Tensor, "batch height width"],
+    *,
+    ignore: int = INVALID_LABEL,
+    class_weights: Tensor | None = None,
+) -> Tensor:
+    """What `cross_entropy` divides by: the weights of the pixels that have a label, summed.
+
+    Args:
+        target: class indices in 0..classes-1, or `ignore`.
+        ignore: the label of pixels to leave out.
+        class_weights: weight of a pixel by its class; None is 1 for all.
+    """
+    valid = target != ignore
+    if class_weights is None:
+        return valid.sum()
+    return torch.where(valid, class_weights[torch.where(valid, target, 0)], 0).sum()
 
 
 def balanced_cross_entropy(

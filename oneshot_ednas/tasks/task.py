@@ -120,6 +120,14 @@ class Task:
         decoded = self._decode(_resize(output_raw, (target.shape[-2], target.shape[-1])))
         return self.row.loss(decoded, target, self.config)
 
+    def loss_divisor(self, target: Tensor) -> Float[Tensor, ""] | None:
+        """Weight of a part of a batch: the loss of the whole is the weighted mean of its parts'.
+
+        None if it is no such mean, see `TaskKind.divisor`.
+        """
+        divisor = self.row.divisor(target, self.config)
+        return None if divisor is None else divisor.float()
+
     def distillation_loss(
         self,
         student_raw: Float[Tensor, "batch channels rows columns"],

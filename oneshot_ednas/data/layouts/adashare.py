@@ -28,14 +28,14 @@ Source:
     Z. Yu et al., "MonoSDF", NeurIPS 2022 (axes of Taskonomy's normals).
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from oneshot_ednas.data.dataset import NAMELESS, DataSet
-from oneshot_ednas.data.files import read_vector
+from oneshot_ednas.data.files import check_inside, read_vector
+from oneshot_ednas.data.manifest import LIST_BYTES
 from oneshot_ednas.data.sources import (
     DepthSource,
     DisparitySource,
@@ -47,6 +47,7 @@ from oneshot_ednas.data.sources import (
     check_relative,
 )
 from oneshot_ednas.data.targets import IGNORE
+from oneshot_ednas.parsing import parse_json
 
 TASKONOMY_CLASSES = (
     "background",
@@ -142,14 +143,17 @@ class FrameList:
         path = root / self.file
         if not path.is_file():
             raise ValueError(f"no file {self.file} in {root}; give the folder that holds the list")
+        check_inside(root, path, self.file)
+        if path.stat().st_size > LIST_BYTES:
+            raise ValueError(f"{self.file}: expected at most {LIST_BYTES} bytes of lists")
         try:
-            content = json.loads(path.read_text("utf-8-sig"), object_pairs_hook=_split_rows)
+            content = parse_json(path.read_text("utf-8-sig"), self.file)
         except UnicodeDecodeError as error:
             raise ValueError(
                 f"{self.file}: not UTF-8 text ({error.reason}); save it as UTF-8"
             ) from None
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{self.file}: not valid JSON: {error}; copy the list anew") from None
+        except ValueError as error:
+            raise ValueError(f"{error}; copy the list anew") from None
         if not isinstance(content, dict) or not content:
             raise ValueError(
                 f"{self.file}: expected an object with a list of rows per split, got "
@@ -166,14 +170,6 @@ class FrameList:
             raise ValueError(f"{where}: {expected}, got {len(row)} entries")
         pairs = zip(self.columns, row, strict=True)
         return {column: _path(root, entry, f"{where}: {column}") for column, entry in pairs}
-
-
-def _split_rows(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """A JSON object, in which no key may come twice."""
-    keys = [key for key, _ in pairs]
-    if len(set(keys)) < len(keys):
-        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} comes twice")
-    return dict(pairs)
 
 
 def _path(root: Path, entry: object, where: str) -> str:

@@ -12,6 +12,7 @@ Sources:
     ICLR 2013, https://arxiv.org/abs/1301.3572 (13 classes).
 """
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -126,9 +127,12 @@ def _segmentation(class_map: tuple[int, ...]) -> LabelsSource:
 def _measure(root: Path) -> tuple[int, int, tuple[int, int]]:
     """Number of frames and of named labels, and (width, height); arrays are not read."""
     h5py = files.import_h5py()
+    found = {}
     try:
         with h5py.File(root / FRAMES, "r") as file:
-            found = {name: tuple(file[name].shape) for name in file if hasattr(file[name], "shape")}
+            for name in ("images", "depths", "labels", "names"):
+                with suppress(ValueError):  # what is missing is told below
+                    found[name] = tuple(files.hdf5_array(file, name).shape)
     except (OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
@@ -195,6 +199,8 @@ def _whole_numbers(found: dict[str, Any], file: str, name: str) -> np.ndarray:
     """A vector of whole numbers; MATLAB stores them as floating point."""
     values = np.atleast_1d(found.get(name, ()))
     if name not in found or values.ndim != 1 or values.dtype.kind not in "iuf":
+        raise ValueError(f"{file}: expected a vector {name} of whole numbers")
+    if not (np.isfinite(values) & (np.abs(values) < 2**31)).all():
         raise ValueError(f"{file}: expected a vector {name} of whole numbers")
     whole = values.astype(np.int64)
     if (whole != values).any():
