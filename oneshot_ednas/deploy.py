@@ -67,6 +67,7 @@ def deploy(
     batch_size: int = 32,
     seed: int = 0,
     device: torch.device,
+    trained_sha256: str | None = None,
 ) -> dict[str, Any]:
     """Export a trained network as full-int8 `.tflite`, check the file, and report.
 
@@ -87,6 +88,7 @@ def deploy(
         batch_size: frames at a time.
         seed: of the choice of calibration frames.
         device: where the network is.
+        trained_sha256: SHA-256 of the network's checkpoint, for the report.
 
     Returns:
         The report: `sha256` of the file, `operators`, `size_bytes`, `metrics` (by split, task and
@@ -117,6 +119,7 @@ def deploy(
         "file": path.name,
         "sha256": file_digest(path),
         "network": name,
+        "trained_sha256": trained_sha256,
         "architecture": architecture,
         "size_bytes": export.size_bytes,
         "io": io,

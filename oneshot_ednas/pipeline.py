@@ -273,6 +273,7 @@ class Run(Experiment, ABC):
             path,
             report_path,
             name=stage,
+            trained_sha256=file_digest(self.files.checkpoint(stage)),
             architecture=str(architecture),
             calibration=self.train,
             splits=splits,
@@ -517,7 +518,7 @@ class OneShotRun(Run):
             return False
         held = read_json(report)
         return (
-            trained.stat().st_mtime <= report.stat().st_mtime
+            held.get("trained_sha256") == file_digest(trained)
             and held.get("sha256") == file_digest(model)
             and held["not_verified"] is None
             and (held["not_compiled"] is None or find_compiler() is None)

@@ -739,3 +739,20 @@ def test_a_checkpoint_without_what_older_versions_did_not_keep_goes_on(trial, mo
     files = files_of(one.folder)
     differing = {name for name in files if files[name] != one.after[name]}
     assert differing == {"checkpoints/search.safetensors", "metrics.jsonl"}
+
+
+def test_an_export_is_told_by_what_it_is_of_and_not_by_the_clock(trial):
+    one = trial("report")  # exported; then the clock was wrong
+    for name, hours in (("export.json", -5), ("model.tflite", -5)):
+        moment = time.time() + 3600 * hours
+        os.utime(one.folder / name, (moment, moment))
+    inode = (one.folder / "model.tflite").stat().st_ino
+    one.go_on()
+    assert (one.folder / "model.tflite").stat().st_ino == inode  # not made again
+    # A network that was trained anew is exported anew, even by a clock that went back.
+    path = one.folder / "checkpoints" / "retrain.seed_0.safetensors"
+    state = load_checkpoint(path)
+    save_checkpoint(path, state | {"seed_of_a_test": 1})
+    os.utime(path, (0, 0))
+    assert call("evaluate", one.folder).exit_code == 0
+    assert (one.folder / "model.tflite").stat().st_ino != inode
