@@ -32,19 +32,21 @@ def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
     Raises:
         OSError: if it could not be written, and read back as it is; the file that was there stays.
     """
+    # First, so that the old state is gone from memory before the new one is packed.
+    previous = previous_checkpoint(path) if _is_whole(path) else None
     tensors: dict[str, Tensor] = {}
     tree = _pack(state, "", tensors)
-    header = {"format": FORMAT, "sha256": _digest(tensors, tree), "state": tree}
+    header = {"format": FORMAT, "sha256": _digest(tensors, tree, FORMAT), "state": tree}
     # One entry, since safetensors keeps several in no order: equal states give equal files.
     data = save_tensors(tensors, metadata={"checkpoint": json.dumps(header)})
-    write_bytes(path, data, previous=previous_checkpoint(path) if _is_whole(path) else None)
+    write_bytes(path, data, previous=previous)
 
 
 def state_digest(state: object) -> str:
     """SHA-256 of a state or a part of one: types, shapes and bits of all tensors, and the rest."""
     tensors: dict[str, Tensor] = {}
     tree = _pack(state, "", tensors)
-    return _digest(tensors, tree)
+    return _digest(tensors, tree, FORMAT)
 
 
 def previous_checkpoint(path: Path) -> Path:
@@ -109,17 +111,19 @@ def _read(path: Path) -> dict[str, Any]:
         form, tree, stored = header["format"], header["state"], header["sha256"]
     except (SafetensorError, KeyError, TypeError, ValueError, OSError, RecursionError) as error:
         raise DamageError(_damaged(path, str(error))) from None
-    if form not in (1, FORMAT):
+    try:
+        is_whole = _digest(tensors, tree, 1 if form == 1 else FORMAT) == stored
+        result = _unpack(tree, tensors) if is_whole else None
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise DamageError(_damaged(path, repr(error)[:200])) from None
+    # The digest is over the format, too: one that agrees with ours tells of a damaged number.
+    if form not in (1, FORMAT) and not is_whole:
         raise ValueError(
             f"{path}: expected checkpoint format 1 to {FORMAT}, got {form}; another version of "
             f"oneshot_ednas wrote it: go on with that one, or start anew with another --out"
         )
-    if _digest(tensors, tree) != stored:
+    if not is_whole or form not in (1, FORMAT):
         raise DamageError(_damaged(path, "its SHA-256 does not match"))
-    try:
-        result = _unpack(tree, tensors)
-    except (KeyError, TypeError, ValueError) as error:
-        raise DamageError(_damaged(path, repr(error))) from None
     if not isinstance(result, dict):
         raise DamageError(_damaged(path, "it holds no state"))
     return result
@@ -141,8 +145,8 @@ def _damaged(path: Path, reason: str) -> str:
     return f"{path}: the checkpoint is damaged ({reason})"
 
 
-def _digest(tensors: Mapping[str, Tensor], tree: object) -> str:
-    digest = hashlib.sha256(json.dumps(tree).encode())
+def _digest(tensors: Mapping[str, Tensor], tree: object, form: int) -> str:
+    digest = hashlib.sha256(json.dumps(tree if form == 1 else [form, tree]).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())

@@ -1,8 +1,9 @@
 """Steps whose loss or gradient is not finite change nothing, are counted, and end the run if many.
 
 Whether a step is finite stays on the device: the fused optimizers of torch leave a step out when
-their `found_inf` says so, as for gradient scaling. So no step waits for the device; the host looks
-when it writes the log anyway.
+their `found_inf` says so, as for gradient scaling. So the guard does not wait for the device, except
+Apple's; the host looks when it writes the log anyway. Of a network that keeps running BN statistics
+a skipped step may have spoilt those: they are computed anew at the end of a training.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -74,9 +75,12 @@ class StepGuard:
         numbers = torch.stack([value.detach().float() for value in (*values, norm)])
         is_finite = numbers.isfinite()
         is_skipped = ~is_finite.all()
+        _fill_momentum(optimizer)
         # The optimizer reads it, but declares it for GradScaler alone.
         optimizer.found_inf = is_skipped.float()  # type: ignore[attr-defined]
-        optimizer.step()
+        # The kernels of Apple's GPUs have not read it in all versions of torch.
+        if is_skipped.device.type != "mps" or not bool(is_skipped):
+            optimizer.step()
         pairs = zip(losses, networks, strict=True)
         named = [(name, network) for one, network in pairs for name in one]
         self._watched.append(
@@ -143,7 +147,6 @@ def fused_sgd(
         parameters, lr=learning_rate, weight_decay=weight_decay, momentum=momentum, fused=True
     )
     optimizer.register_load_state_dict_post_hook(_refit)
-    _refit(optimizer)
     return optimizer
 
 
@@ -152,15 +155,24 @@ def _refit(optimizer: Optimizer) -> None:
     for group in optimizer.param_groups:
         group |= {"fused": True, "foreach": None}
         for parameter in group["params"]:
-            if isinstance(optimizer, SGD) and group["momentum"] > 0:
-                # Zeros give the same first step. Without them fused SGD fails where some weights
-                # had their first step and others had not.
-                state = optimizer.state[parameter]
-                if state.get("momentum_buffer") is None:
-                    state["momentum_buffer"] = torch.zeros_like(parameter)
-            elif "step" in optimizer.state.get(parameter, {}):
+            if "step" in optimizer.state.get(parameter, {}):
                 state = optimizer.state[parameter]
                 state["step"] = state["step"].to(parameter.device)
+
+
+def _fill_momentum(optimizer: Optimizer) -> None:
+    """Begin SGD's momentum with zeros, which give the same first step.
+
+    Without them fused SGD fails where some weights had their first step and others had not, and
+    keeps memory as it found it where the first step is left out.
+    """
+    if not isinstance(optimizer, SGD):
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group["momentum"] > 0 else ():
+            state = optimizer.state[parameter]
+            if state.get("momentum_buffer") is None:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def finite_or(values: Tensor, others: Tensor) -> Tensor:

@@ -396,8 +396,10 @@ def train_to_end(
         return training.network
 
     if config.compile:
-        frames = training.split.batch([0] * config.batch_size, training.device)
-        compile_or_warn(training.network, frames["image"], config.precision)
+        with distributed.shared_step(sync_bn=config.sync_bn):
+            part = distributed.own_part(config.batch_size)
+            frames = training.split.batch([0] * (part.stop - part.start), training.device)
+            compile_or_warn(training.network, frames["image"], config.precision)
 
     def save(done: int) -> None:
         if done == config.steps:

@@ -176,6 +176,16 @@ class RunFolder(Generic[C]):
 
     def _open(self, *, resume: bool) -> None:
         files, contents = self.files, self._contents
+        if files.folder.exists() and not files.config.exists():
+            # A run that was cut before its config was written has no steps behind it.
+            known = {LOCK, *(path.name for path in contents)}
+            found = [path for path in files.folder.iterdir() if path.suffix != PARTIAL]
+            if not known.issuperset(path.name for path in found):
+                raise ValueError(
+                    f"{files.folder} is not empty and holds no run; choose another --out"
+                )
+        # Before the comparison: nobody else may begin another run here meanwhile.
+        self._lock = lock_folder(files.folder)
         if files.config.exists():
             difference = first_difference(
                 what_defines(self._held_config()), what_defines(self.config)
@@ -193,15 +203,6 @@ class RunFolder(Generic[C]):
                         f"the {what} has changed since the run began (it is no longer that of "
                         f"{path}); restore it, or start anew with another --out"
                     )
-        elif files.folder.exists():
-            # A run that was cut before its config was written has no steps behind it.
-            known = {LOCK, *(path.name for path in contents)}
-            found = [path for path in files.folder.iterdir() if path.suffix != PARTIAL]
-            if not known.issuperset(path.name for path in found):
-                raise ValueError(
-                    f"{files.folder} is not empty and holds no run; choose another --out"
-                )
-        self._lock = lock_folder(files.folder)
         remove_partials(files.folder)
         for path, (_, text) in contents.items():
             write_text(path, text)

@@ -10,9 +10,9 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -83,6 +83,10 @@ def write_bytes(path: Path, data: bytes, *, previous: Path | None = None) -> Non
     Raises:
         OSError: if it could not be written and read back; what was there stays as it was.
     """
+    path = path.resolve() if path.is_symlink() else path
+    if path.exists() and not path.is_file():
+        path.write_bytes(data)  # a pipe or a device such as /dev/stdout is no file to replace
+        return
     _persist(path, lambda: _write(path, data, previous))
     # Apart, since a second `_write` would keep the new file as the previous one.
     _persist(path, lambda: sync_folder(path.parent), _UNSAFE)
@@ -103,22 +107,21 @@ def _persist(path: Path, act: Callable[[], None], outcome: str = _UNWRITTEN) -> 
 
 def _write(path: Path, data: bytes, previous: Path | None) -> None:
     make_folder(path.parent)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
+    temporary = _partial(path)
+    handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     try:
         try:
-            # mkstemp makes private files; what lasts gets the permissions of any other new file.
-            os.chmod(temporary, 0o666 & ~_umask())
             write_all(handle, data)
             _sync(handle)
             _drop_cached(handle)
         finally:
             os.close(handle)
-        _check_written(Path(temporary), data)
+        _check_written(temporary, data)
         if previous is not None and path.exists():
             _keep(path, previous)
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -136,10 +139,9 @@ def write_all(handle: int, data: bytes) -> None:
         view = view[taken:]
 
 
-def _umask() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
+def _partial(path: Path) -> Path:
+    """A new name beside a file, until it is whole."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}{PARTIAL}")
 
 
 def _drop_cached(handle: int) -> None:
@@ -157,23 +159,19 @@ def _check_written(path: Path, data: bytes) -> None:
 
 def _keep(path: Path, previous: Path) -> None:
     """Give a file a second name, which another file may have had."""
-    handle, temporary = tempfile.mkstemp(
-        dir=path.parent, prefix=f".{previous.name}.", suffix=PARTIAL
-    )
-    os.close(handle)
+    temporary = _partial(previous)
     try:
-        os.unlink(temporary)  # a link must be new
         try:
             os.link(path, temporary)
         except OSError as error:
             if error.errno not in _NO_LINKS:
                 raise
             shutil.copyfile(path, temporary)
-            sync_file(Path(temporary))
+            sync_file(temporary)
         os.replace(temporary, previous)
     finally:
         # Where both names were those of one file already, replacing does nothing.
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def _not_written(path: Path, error: OSError, outcome: str = _UNWRITTEN) -> OSError:
@@ -249,7 +247,7 @@ def sync_log(path: Path) -> None:
             return
         with path.open("rb+") as file:
             try:
-                os.fsync(file.fileno())
+                _sync(file.fileno())
             except OSError:
                 unsynced.append(file.read())
                 raise

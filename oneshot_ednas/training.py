@@ -422,7 +422,8 @@ def _drop_lines_from(path: Path, stage: str, step: int) -> None:
         return
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(ValueError):  # a line torn by a crash is dropped too
+        # What a crash left of a line is dropped, too, and so is what is no entry.
+        with contextlib.suppress(ValueError, KeyError, TypeError):
             entry = json.loads(line)
             if entry["stage"] != stage or entry["step"] < step:
                 kept.append(line + "\n")

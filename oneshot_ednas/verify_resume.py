@@ -38,7 +38,6 @@ from oneshot_ednas.schema import dump_yaml, read_json
 from oneshot_ednas.sharing_methods import BranchRun, ShareRun
 from oneshot_ednas.sharing_run import SharingRun
 from oneshot_ednas.store import write_text
-from oneshot_ednas.training import LoopConfig
 
 RESUMES = 0.25
 """Share of the kills that come while a process is still starting."""
@@ -256,10 +255,11 @@ def _copy(
             shutil.copyfile(path, folder / path.name)
     if isinstance(run, SharingRun):
         shutil.copyfile(source.folder / "method.json", folder / "method.json")
-    loop, changes = LoopConfig(log_every=1, checkpoint_every=interval), {}
+    changes = {}
     for name in ("search", "retrain", "branching", "operators"):
         part = getattr(run.config, name, None)
         if part is not None:
+            loop = replace(part.loop, log_every=1, checkpoint_every=interval)
             changes[name] = replace(part, loop=loop)
     if state is not None:
         save_checkpoint(files.checkpoint(stage), state)

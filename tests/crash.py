@@ -423,13 +423,13 @@ def named_alike(files: dict[str, str]) -> dict[str, str]:
 
 
 def _timeless(path: Path) -> bytes:
-    if "seconds.json" in path.name or "report.html" in path.name:
+    if "seconds.json" in path.name or "memory.json" in path.name or "report.html" in path.name:
         return b"there"
     data = path.read_bytes()
     if path.name not in ("results.json", "export.json"):
         return data
     value = read_json(path)
-    for name in ("seconds", "date", "versions", "latency"):
+    for name in ("seconds", "memory", "date", "versions", "latency"):
         value.pop(name, None)
     for name in ("search_seconds", "retrain_seconds"):
         value.get("cost", {}).pop(name, None)

@@ -416,7 +416,7 @@ def test_only_entries_with_most_seeds_show_the_noise():
         (lambda d: d["entries"][0]["trainings"][0].update(test=[]), "entry 1: expected 1 finite"),
         (
             lambda d: d["entries"][0]["trainings"][0].update(test=[math.nan]),
-            "entry 1: expected 1 finite",
+            "not valid JSON: NaN is no number",
         ),
         (lambda d: d["entries"][0].pop("trainings"), r"not a benchmark: KeyError"),
         (

@@ -506,7 +506,7 @@ def test_headers_of_checkpoints(path, whole, edits, at, value, kind):
         tensors = {"0/weights/a": torch.ones(2, 2)}
         held = {"format": checkpoints.FORMAT, "state": tree}
         try:
-            held["sha256"] = checkpoints._digest(tensors, tree)
+            held["sha256"] = checkpoints._digest(tensors, tree, checkpoints.FORMAT)
         except ValueError:  # text that no file can hold
             held["sha256"] = ""
         entry = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}

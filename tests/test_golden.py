@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -39,7 +40,18 @@ def facts(golden) -> dict[str, Any]:
 @pytest.fixture
 def copy(golden, tmp_path) -> Path:
     """A copy to change: a run, and a search by trials."""
-    return shutil.copytree(golden, tmp_path / "golden")
+    made = shutil.copytree(golden, tmp_path / "golden")
+    for config in made.rglob("config.yaml"):
+        text = config.read_text()
+        assert "GOLDEN/" in text
+        config.write_text(text.replace("GOLDEN/", f"{made}/"))
+    return made
+
+
+def test_no_artefact_names_a_place_of_the_machine_that_made_it(golden):
+    for path in golden.rglob("*"):
+        if path.suffix in (".yaml", ".json", ".jsonl", ".csv"):
+            assert not re.search(r"(?<![\w.])/(tmp|home|root|work|usr)/", path.read_text()), path
 
 
 def tensors_in(value: object) -> list[Tensor]:

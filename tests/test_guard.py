@@ -65,8 +65,8 @@ def test_fused_steps_are_those_of_the_plain_optimizer(build, plain):
             gradient = torch.randn(3, generator=generator)
             for group in weights:
                 group[index].grad = gradient.clone() if index == 0 or step % 2 else None
-        for optimizer in optimizers:
-            optimizer.step()
+        take(StepGuard("search", max_skipped=0), optimizers[0], 1.0, losses(1.0))
+        optimizers[1].step()
         if step == 2:
             # A checkpoint of the plain one, as older versions wrote it.
             resumed = build(weights[0])
@@ -75,6 +75,16 @@ def test_fused_steps_are_those_of_the_plain_optimizer(build, plain):
     for one, other in zip(*weights, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
     assert optimizers[0].param_groups[0]["fused"]
+
+
+def test_momentum_begins_with_zeros_where_the_first_step_of_a_late_group_is_skipped():
+    late = nn.Parameter(torch.ones(3))
+    optimizer = sgd([nn.Parameter(torch.ones(2))])
+    optimizer.add_param_group({"params": [late]})
+    late.grad = torch.full((3,), math.nan)
+    assert take(StepGuard("search", max_skipped=1), optimizer, math.nan, losses(1.0))
+    assert torch.equal(optimizer.state[late]["momentum_buffer"], torch.zeros(3))
+    assert torch.equal(late, torch.ones(3))
 
 
 def test_the_message_names_step_task_and_architecture():

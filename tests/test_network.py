@@ -547,3 +547,26 @@ def test_what_hard_gates_leave_idle_has_no_gradient_but_that_of_its_gate():
     assert torch.equal(*found)
     assert torch.count_nonzero(found[0]) > 0
     assert held[0] < 0.8 * held[1]
+
+
+@pytest.mark.parametrize("is_hard", [True, False])
+def test_activations_that_are_computed_again_give_the_same_gradients_from_less_memory(is_hard):
+    space = ednas_tiny()
+    torch.manual_seed(0)
+    supernet = build_network(space, {"depth": 1})
+    alpha = ArchitectureParameters(space)
+    images = torch.randn(2, 3, 64, 64)
+    weights = list(supernet.backbone.parameters())[:5]
+    found, held = [], []
+    for supernet.backbone.checkpoint_activations in (False, True):
+        gates = alpha.gates(1.0, hard=is_hard, generator=torch.Generator().manual_seed(3))
+        sizes = dict[int, int]()
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, sizes=sizes: sizes.update({t.data_ptr(): t.nbytes}) or t, lambda t: t
+        ):
+            loss = supernet(images, gates)["depth"].square().mean()
+        found.append(torch.autograd.grad(loss, [alpha.logits, *weights], allow_unused=True))
+        held.append(sum(sizes.values()))
+    for one, other in zip(*found, strict=True):
+        assert (one is None and other is None) or torch.equal(one, other)
+    assert held[1] < 0.6 * held[0]

@@ -774,3 +774,16 @@ def test_latency_weights_below_zero_are_refused():
     for settings in ({"weight": -1.0}, {"dual_rate": -0.1}):
         with pytest.raises(ValueError, match="expected weight and dual_rate >= 0"):
             LatencyLossConfig(**settings)
+
+
+@pytest.mark.parametrize("settings", [{}, {"mode": "joint"}, {"checkpoint_activations": True}])
+def test_a_step_in_bfloat16_is_near_that_in_float32(tiny, settings):
+    found = []
+    for precision in ("float32", "bfloat16"):
+        search = tiny.search(precision=precision, warmup_fraction=0.0, **settings)
+        values = search.take_step(0)
+        assert all(p.dtype == torch.float32 for p in search.supernet.parameters())
+        found.append({name: float(values[name]) for name in ("loss/weights", "loss/depth")})
+        assert all(torch.isfinite(p).all() for p in search.supernet.parameters())
+    assert found[1] == pytest.approx(found[0], rel=0.05)
+    assert found[1] != found[0]

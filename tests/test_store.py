@@ -4,6 +4,7 @@ import json
 import math
 import os
 import stat
+from pathlib import Path
 
 import pytest
 import torch
@@ -375,3 +376,40 @@ def test_another_format_and_other_safetensors_are_refused(tmp_path):
         load_checkpoint(path)
     with pytest.raises(FileNotFoundError, match=r"no checkpoint .*none\.safetensors"):
         load_checkpoint(tmp_path / "none.safetensors")
+
+
+# Odd files ----------------------------------------------------------------------------------
+
+
+def test_a_link_stays_and_its_target_is_replaced(tmp_path):
+    (tmp_path / "real.txt").write_text("old")
+    (tmp_path / "link.txt").symlink_to("real.txt")
+    write_text(tmp_path / "link.txt", "new")
+    assert (tmp_path / "link.txt").is_symlink()
+    assert (tmp_path / "real.txt").read_text() == "new"
+
+
+def test_a_device_is_written_to_and_not_replaced():
+    write_text(Path("/dev/null"), "anything")
+    assert stat.S_ISCHR(Path("/dev/null").stat().st_mode)
+
+
+def test_a_damaged_format_number_gives_the_checkpoint_before(tmp_path):
+    path = tmp_path / "a.safetensors"
+    for step in (1, 2):
+        save_checkpoint(path, {**STATE, "step": step})
+    data = path.read_bytes()
+    assert data.count(b'\\"format\\": 2') == 1
+    path.write_bytes(data.replace(b'\\"format\\": 2', b'\\"format\\": 6'))
+    with pytest.warns(UserWarning, match="damaged"):
+        assert load_checkpoint(path)["step"] == 1
+
+
+def test_a_header_that_nests_too_deep_is_damage(tmp_path):
+    path = tmp_path / "a.safetensors"
+    for depth in (800, 5000):
+        tree = "[" * depth + "]" * depth
+        header = f'{{"format": 2, "sha256": "0", "state": {tree}}}'
+        path.write_bytes(save_tensors({}, metadata={"checkpoint": header}))
+        with pytest.raises(ValueError, match="the checkpoint is damaged"):
+            load_checkpoint(path)

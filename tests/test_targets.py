@@ -219,9 +219,15 @@ def test_a_camera_file_turns_disparity_into_metres(tmp_path):
     assert depth[0, :3].tolist() == [0, 0, 80]
     assert (depth[1:] == 40).all()
     assert data.files("a", ["depth"]) == ("rgb/a.png", "depth/a.png", "camera/a_camera.json")
-    for baseline, fx in [(0, 2000.0), (0.2, "x"), (0.2, None), (float("nan"), 1)]:
+    expected = "expected extrin"
+    for baseline, fx, reason in [
+        (0, 2000.0, expected),
+        (0.2, "x", expected),
+        (0.2, None, expected),
+        (float("nan"), 1, "not valid JSON: NaN"),
+    ]:
         write_camera(tmp_path, baseline, fx)
-        with pytest.raises(ValueError, match=r"^frame a: camera/a_camera\.json: expected extrin"):
+        with pytest.raises(ValueError, match=rf"^frame a: camera/a_camera\.json: {reason}"):
             data.read_stored("a")
     (tmp_path / "camera/a_camera.json").unlink()
     with pytest.raises(ValueError, match=r"^frame a: no file camera/a_camera\.json; restore it"):

@@ -180,7 +180,7 @@ def check_algorithm(one: Evolution, lines: list) -> None:
 
 @pytest.mark.parametrize(
     ("kills", "num_trials"),
-    [(5, 12), pytest.param(100, 60, marks=pytest.mark.slow)],
+    [pytest.param(*kills, marks=pytest.mark.slow) for kills in ((5, 12), (100, 60))],
 )
 def test_no_trial_is_lost_or_counted_twice_when_processes_are_killed(
     project, tmp_path, kills, num_trials

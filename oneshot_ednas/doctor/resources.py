@@ -100,4 +100,7 @@ def check_processes() -> Iterator[Finding]:
         yield good("open files", f"at most {'any' if soft == resource.RLIM_INFINITY else soft}")
     methods = ", ".join(multiprocessing.get_all_start_methods())
     ask(sys.executable, "-c", "pass")
-    yield good("processes", f"{methods}; trainings are spawned, readers of data forked on Linux")
+    yield good(
+        "processes",
+        f"{methods}; workers come from a fork server, readers of data are forked on Linux",
+    )

@@ -375,7 +375,7 @@ class BranchingSearch(ResumableSearch):
         norms = [_norm(task_gradients), _norm(cost_gradients)]
         for parameter, *parts in zip(parameters, task_gradients, cost_gradients, strict=True):
             parameter.grad = parts[0] + parts[1]
-        self.guard.take(
+        is_skipped = self.guard.take(
             self.alpha_optimizer,
             norms[0] + norms[1],
             [losses],
@@ -383,7 +383,8 @@ class BranchingSearch(ResumableSearch):
             networks=["mixture"],
             what=" (alpha)",
         )
-        if config.objective == "budget" and config.latency.schedule == "dual":
+        is_dual = config.objective == "budget" and config.latency.schedule == "dual"
+        if is_dual and not bool(is_skipped):
             ratio = math.log(float(expected.detach()) / self.target_at(step))
             self.mu = max(0.0, self.mu + config.latency.dual_rate * ratio)
         return {

@@ -67,6 +67,8 @@ operators: {pretrain_steps: 1, policy_steps: 2, batch_size: 2}
 retrain: {steps: 2, batch_size: 2}
 derive: {calibration_batches: 1, batch_size: 4}
 """
+PLACE = "GOLDEN"
+"""Stands in a run's config for the folder of the artefacts."""
 LEFT_OUT = ("tensorboard", "predictions.png", "report.html", ".lock", "*.previous.safetensors")
 """Of runs, what later versions only write."""
 
@@ -87,6 +89,9 @@ def make(folder: Path) -> None:
         command(kind, config, "--out", made, *options)
         shutil.copytree(made, folder / kind, ignore=shutil.ignore_patterns(*LEFT_OUT))
         shutil.rmtree(made)
+        held = folder / kind / "config.yaml"
+        # A config names its files by where they are; of a copy that is elsewhere.
+        held.write_text(held.read_text().replace(str(folder.absolute()), PLACE))
     shutil.rmtree(folder / "evolve" / "checkpoints")
     (folder / "facts.json").write_text(json.dumps(facts(folder), indent=1) + "\n")
 
