@@ -60,17 +60,19 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     Warns where it does.
 
     Raises:
-        FileNotFoundError: if there is no such file.
+        FileNotFoundError: if there is neither.
         OSError: if it cannot be opened.
         ValueError: if it is of another format, or damaged and the one before is not whole; the
             message says what to do.
     """
-    if not path.is_file():
+    if not has_checkpoint(path):
         raise FileNotFoundError(f"no checkpoint {path}")
+    previous = previous_checkpoint(path)
     try:
+        if not path.is_file():
+            raise DamageError(f"{path}: the checkpoint is missing")
         return _read(path)
     except DamageError as damage:
-        previous = previous_checkpoint(path)
         cure = "delete it to start this stage anew"
         if previous.is_file():
             try:
@@ -81,6 +83,11 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
                 warnings.warn(f"{damage}; going on from the one before it", stacklevel=2)
                 return state
         raise ValueError(f"{damage}; {cure}") from None
+
+
+def has_checkpoint(path: Path) -> bool:
+    """Whether `load_checkpoint` finds a file, this one or the one before."""
+    return path.is_file() or previous_checkpoint(path).is_file()
 
 
 class DamageError(ValueError):

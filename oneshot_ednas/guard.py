@@ -1,9 +1,9 @@
 """Steps whose loss or gradient is not finite change nothing, are counted, and end the run if many.
 
 Whether a step is finite stays on the device: the fused optimizers of torch leave a step out when
-their `found_inf` says so, as for gradient scaling. So the guard does not wait for the device, except
-Apple's; the host looks when it writes the log anyway. Of a network that keeps running BN statistics
-a skipped step may have spoilt those: they are computed anew at the end of a training.
+their `found_inf` says so, as for gradient scaling. So the guard waits for no device but Apple's;
+the host looks when it writes the log anyway. Of a network that keeps running BN statistics a
+skipped step may have spoilt those: they are computed anew at the end of a training.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -115,7 +115,7 @@ class StepGuard:
         network = one.networks[bad[0] if bad else 0]
         named = network() if callable(network) else network
         count = self.num_skipped
-        counted = f"; {count} steps were skipped, loop.max_skipped is {self.max_skipped}"
+        counted = f"; {count} steps were skipped, max_skipped is {self.max_skipped}"
         return (
             f"{self.stage} step {one.step}{one.what}: {part if bad else 'the gradient'} is not "
             f"finite, architecture {named}{counted if count > 1 else ''}; lower the learning rate "

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from oneshot_ednas import distributed
 from oneshot_ednas.architecture import Architecture
 from oneshot_ednas.balancing import FIXED, BalancingConfig
-from oneshot_ednas.checkpoint import load_checkpoint, save_checkpoint
+from oneshot_ednas.checkpoint import has_checkpoint, load_checkpoint, save_checkpoint
 from oneshot_ednas.data.packed import PackedSplit
 from oneshot_ednas.data.transforms import AugmentConfig
 from oneshot_ednas.determinism import random_state, set_random_state
@@ -183,14 +183,14 @@ class NetworkTraining:
         Raises:
             ValueError: if it is damaged, or of another training or balancing.
         """
-        if not checkpoint.exists():
+        if not has_checkpoint(checkpoint):
             return 0
         state = load_checkpoint(checkpoint)
         held = (state.get("stage"), state.get("architecture"), state.get("seed"))
         if held != ("retrain", self.identity, self.seed):
             raise ValueError(
                 f"{checkpoint}: holds another training, architecture or seed; "
-                f"delete it to train anew"
+                f"delete it, and the one before it, to train anew"
             )
         self.balancing.load_state_dict(state.get("balancing", FIXED))
         self.network.load_state_dict(state["network"])

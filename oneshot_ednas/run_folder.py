@@ -193,7 +193,7 @@ class RunFolder(Generic[C]):
             if difference:
                 raise ValueError(
                     f"{files.folder} already holds a run of another config ({difference}); "
-                    f"choose another --out"
+                    f"choose another --out, or go on with its own config, {files.config}"
                 )
             if not resume:
                 raise ValueError(f"{files.folder} already holds this run; go on with --resume")

@@ -20,7 +20,7 @@ from torch import Tensor
 from oneshot_ednas import distributed
 from oneshot_ednas.architecture import Architecture
 from oneshot_ednas.balancing import FIXED, BalancingConfig
-from oneshot_ednas.checkpoint import load_checkpoint, save_checkpoint
+from oneshot_ednas.checkpoint import has_checkpoint, load_checkpoint, save_checkpoint
 from oneshot_ednas.data.packed import PackedSplit
 from oneshot_ednas.data.transforms import AugmentConfig
 from oneshot_ednas.determinism import random_state, set_random_state
@@ -332,7 +332,14 @@ class OneShotSearch:
             if step % (10 * self.config.loop.log_every) == 0:
                 log.histogram(step, "alpha/logits", self.alpha.logits)
             if step in validated and distributed.is_main():
-                scores, macs = validate()
+                self.guard.read()  # what it scores would not be worth the name
+                try:
+                    scores, macs = validate()
+                except ValueError as error:
+                    raise RuntimeError(
+                        f"search step {step}: the supernet cannot be scored ({error}); lower "
+                        f"search.optimizer.learning_rate or check the labels"
+                    ) from error
                 self.macs += macs
                 log.scalars(step, {**scores, "validation/macs": self.macs})
                 # Batch statistics again: scoring must leave no trace but its cost.
@@ -690,5 +697,5 @@ def resume_search(search: OneShotSearch, checkpoint: Path) -> None:
     Raises:
         ValueError: if it is damaged or of another run.
     """
-    if checkpoint.exists():
+    if has_checkpoint(checkpoint):
         search.load_state_dict(load_checkpoint(checkpoint))

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from oneshot_ednas.checkpoint import load_checkpoint
+from oneshot_ednas.checkpoint import has_checkpoint, load_checkpoint
 from oneshot_ednas.config import TaskSharingConfig
 from oneshot_ednas.deploy import deploy
 from oneshot_ednas.latency.table import LatencyTable
@@ -310,7 +310,9 @@ class SharingRun(RunFolder[TaskSharingConfig], ABC):
 
     def _is_trained(self, stage: str) -> bool:
         path = self.files.checkpoint(stage)
-        return path.exists() and int(load_checkpoint(path)["step"]) >= self.config.retrain.steps
+        return (
+            has_checkpoint(path) and int(load_checkpoint(path)["step"]) >= self.config.retrain.steps
+        )
 
     def evaluate(self) -> dict[str, Any]:
         """Score the trained networks on the test split and write `results.json`."""

@@ -7,6 +7,7 @@ it draws at step n what the uninterrupted run would have drawn.
 import contextlib
 import json
 import math
+import os
 import signal
 import sys
 import time
@@ -356,6 +357,9 @@ class StopRequest:
         if self.is_set and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.is_set = True
+        if sys.stderr.isatty():
+            # Not print, in the midst of which the signal may have come.
+            os.write(2, b"\nstopping after this step; again stops at once, without a checkpoint\n")
 
 
 class StageLog:

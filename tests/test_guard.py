@@ -97,7 +97,7 @@ def test_the_message_names_step_task_and_architecture():
         guard.read()
     assert str(error.value) == (
         "search step 7: the loss of task1 is not finite, architecture i3e6c32; 2 steps were "
-        "skipped, loop.max_skipped is 1; lower the learning rate or check the labels"
+        "skipped, max_skipped is 1; lower the learning rate or check the labels"
     )
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save as save_tensors
 
-from oneshot_ednas.checkpoint import load_checkpoint, previous_checkpoint, save_checkpoint
+from oneshot_ednas.checkpoint import _digest, load_checkpoint, previous_checkpoint, save_checkpoint
 from oneshot_ednas.models.network import build_network
 from oneshot_ednas.schema import read_json
 from oneshot_ednas.store import (
@@ -354,7 +354,8 @@ def test_a_checkpoint_of_format_1_is_read(tmp_path):
     with safe_open(str(path), framework="pt") as file:
         header = json.loads(file.metadata()["checkpoint"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    old = {"format": "1", "sha256": header["sha256"], "state": json.dumps(header["state"])}
+    digest = _digest(tensors, header["state"], 1)
+    old = {"format": "1", "sha256": digest, "state": json.dumps(header["state"])}
     path.write_bytes(save_tensors(tensors, metadata=old))
     assert_equal_state(load_checkpoint(path), STATE)
 
@@ -413,3 +414,14 @@ def test_a_header_that_nests_too_deep_is_damage(tmp_path):
         path.write_bytes(save_tensors({}, metadata={"checkpoint": header}))
         with pytest.raises(ValueError, match="the checkpoint is damaged"):
             load_checkpoint(path)
+
+
+def test_a_missing_checkpoint_gives_the_one_before(tmp_path):
+    path = tmp_path / "a.safetensors"
+    for step in (1, 2):
+        save_checkpoint(path, {**STATE, "step": step})
+    path.unlink()
+    with pytest.warns(UserWarning, match="is missing; going on from the one before it"):
+        assert load_checkpoint(path)["step"] == 1
+    save_checkpoint(path, {**STATE, "step": 3})
+    assert load_checkpoint(previous_checkpoint(path))["step"] == 1

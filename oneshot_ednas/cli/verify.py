@@ -41,6 +41,8 @@ def verify_resume(
             raise RuntimeError(
                 f"{check.stage} does not end as without kills: {check.difference}; {check.cause}"
             )
+    if not as_json:
+        print(f"all {sum(len(check.parts) for check in checks)} parts are equal")
 
 
 def _print(check: StageCheck) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from oneshot_ednas.balancing import Balancing
-from oneshot_ednas.checkpoint import load_checkpoint, save_checkpoint
+from oneshot_ednas.checkpoint import has_checkpoint, load_checkpoint, save_checkpoint
 from oneshot_ednas.data.packed import PackedSplit
 from oneshot_ednas.data.transforms import AugmentConfig
 from oneshot_ednas.determinism import random_state, set_random_state
@@ -123,7 +123,7 @@ class ResumableSearch(ABC):
         Raises:
             ValueError: if it is damaged or of another run.
         """
-        if checkpoint.exists():
+        if has_checkpoint(checkpoint):
             self.load_state_dict(load_checkpoint(checkpoint))
 
     def run(
