@@ -23,10 +23,6 @@ from oneshot_ednas.relaxation import ArchitectureParameters
 from oneshot_ednas.space import CHOICE_FIELDS, SearchSpace
 
 Array = npt.NDArray[np.float64]
-_Node = tuple[
-    float, int, tuple[tuple[int, ...], ...], tuple[float, ...], tuple[float, ...]
-]  # priority, order of ties, cells of the prefix, score and slack per budget
-
 NUM_BINS = 4096
 """Resolution of the bound; it changes the time that a query takes, never the result."""
 TIE_BREAK_PER_MS = 1e-9
@@ -217,52 +213,55 @@ class BudgetSearch:
         the log-probability less the tie-break of the latency; since the latency is the larger of
         the budgets' sums, the score is the smaller of theirs.
         """
-        count = 0
-        heap: list[_Node] = [
-            (
-                -math.inf,
-                count,
-                (),
-                tuple(budget.start_score for budget in self.budgets),
-                tuple(budget.slack(target_ms) for budget in self.budgets),
-            )
-        ]
+        heap: list[_Entry] = []
+        count = self._push_children(
+            heap,
+            (),
+            tuple(budget.start_score for budget in self.budgets),
+            tuple(budget.slack(target_ms) for budget in self.budgets),
+            0,
+        )
         while heap:
-            _, _, cells, scores_before, slack = heapq.heappop(heap)
-            depth = len(cells)
-            if depth == len(self.log_probabilities):
+            _, _, children, place = heapq.heappop(heap)
+            # Only now, since most children are never looked at.
+            children.push(heap, place + 1)
+            cells, scores, slack = children.node(place)
+            if len(cells) == len(self.log_probabilities):
                 log_p = sum(
                     float(block[0][cell])
                     for block, cell in zip(self.log_probabilities, cells, strict=True)
                 )
                 yield self._architecture(cells), log_p
                 continue
-            in_width = cells[-1][-1] if cells else 0
-            scores = [
-                before + budget.scores[depth][in_width]
-                for before, budget in zip(scores_before, self.budgets, strict=True)
+            count = self._push_children(heap, cells, scores, slack, count)
+
+    def _push_children(
+        self,
+        heap: "list[_Entry]",
+        cells: tuple[tuple[int, ...], ...],
+        scores_before: tuple[float, ...],
+        slack: tuple[float, ...],
+        count: int,
+    ) -> int:
+        """Bound all that may follow a prefix, and push the best; returns the nodes so far."""
+        depth, in_width = len(cells), cells[-1][-1] if cells else 0
+        scores = [
+            before + budget.scores[depth][in_width]
+            for before, budget in zip(scores_before, self.budgets, strict=True)
+        ]
+        slacks = [
+            left - budget.reduced[depth][in_width]
+            for left, budget in zip(slack, self.budgets, strict=True)
+        ]
+        bounds = np.minimum.reduce(
+            [
+                score + budget.bound(depth + 1, left)
+                for score, left, budget in zip(scores, slacks, self.budgets, strict=True)
             ]
-            slacks = [
-                left - budget.reduced[depth][in_width]
-                for left, budget in zip(slack, self.budgets, strict=True)
-            ]
-            bounds = np.minimum.reduce(
-                [
-                    score + budget.bound(depth + 1, left)
-                    for score, left, budget in zip(scores, slacks, self.budgets, strict=True)
-                ]
-            )
-            for flat in np.flatnonzero(bounds > -np.inf):
-                count += 1
-                cell = tuple(int(i) for i in np.unravel_index(flat, bounds.shape))
-                node = (
-                    -float(bounds[cell]),
-                    -count,
-                    (*cells, cell),
-                    tuple(float(score[cell]) for score in scores),
-                    tuple(float(left[cell]) for left in slacks),
-                )
-                heapq.heappush(heap, node)
+        )
+        children = _Children(cells, scores, slacks, bounds, count)
+        children.push(heap, 0)
+        return count + len(children.places)
 
     def _architecture(self, cells: tuple[tuple[int, ...], ...]) -> Architecture:
         space = self.costs.space
@@ -276,6 +275,48 @@ class BudgetSearch:
             for spec, cell in zip(space.blocks, cells, strict=True)
         )
         return Architecture(blocks, space=space.name)
+
+
+class _Children:
+    """The nodes that follow a prefix, best first; each is made when it is asked for."""
+
+    def __init__(
+        self,
+        cells: tuple[tuple[int, ...], ...],
+        scores: list[Array],
+        slacks: list[Array],
+        bounds: Array,
+        count: int,
+    ) -> None:
+        self.cells, self.scores, self.slacks = cells, scores, slacks
+        self.shape = bounds.shape
+        places = np.flatnonzero(bounds > -np.inf)
+        values = -bounds.ravel()[places]
+        counts = -np.arange(count + 1, count + 1 + len(places))
+        order = np.lexsort((counts, values))
+        self.places = places[order]
+        self.values: list[float] = values[order].tolist()
+        self.counts: list[int] = counts[order].tolist()
+
+    def push(self, heap: "list[_Entry]", place: int) -> None:
+        """Push the node at a place of the order, if there is one."""
+        if place < len(self.values):
+            heapq.heappush(heap, (self.values[place], self.counts[place], self, place))
+
+    def node(
+        self, place: int
+    ) -> tuple[tuple[tuple[int, ...], ...], tuple[float, ...], tuple[float, ...]]:
+        """Its cells, scores and slacks."""
+        cell = tuple(int(i) for i in np.unravel_index(self.places[place], self.shape))
+        return (
+            (*self.cells, cell),
+            tuple(float(score[cell]) for score in self.scores),
+            tuple(float(left[cell]) for left in self.slacks),
+        )
+
+
+_Entry = tuple[float, int, _Children, int]
+"""Of the heap: priority, order of ties, and a node as a place among the children of its prefix."""
 
 
 class _Budget:
@@ -317,9 +358,9 @@ class _Budget:
             depth: number of blocks decided.
             slack: what is left, per option `[op, kernel, expansion, out-width]`.
         """
-        bins = np.clip((slack / self.bin_ms).astype(np.int64), 0, NUM_BINS)
-        widths = np.broadcast_to(np.arange(slack.shape[-1]), slack.shape)
-        return np.where(slack >= 0, self.best_rest[depth][widths, bins], -np.inf)
+        bins = np.minimum(np.maximum((slack / self.bin_ms).astype(np.int64), 0), NUM_BINS)
+        rest = self.best_rest[depth][np.arange(slack.shape[-1]), bins]
+        return np.where(slack >= 0, rest, -np.inf)
 
     def _best_rest(self) -> list[Array]:
         """Per depth, `[in-width, bins]`: best score of the rest within a number of bins.

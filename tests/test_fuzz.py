@@ -4,6 +4,7 @@
 """
 
 import copy
+import gc
 import json
 import os
 import re
@@ -231,12 +232,15 @@ def too_slow(number: int, stack: object) -> None:
 def timed() -> Iterator[None]:
     """End what takes longer than any input may."""
     before = signal.signal(signal.SIGVTALRM, too_slow)
+    # After thousands of inputs Hypothesis itself holds so much that one collection takes seconds.
+    gc.disable()
     signal.setitimer(signal.ITIMER_VIRTUAL, MAX_SECONDS)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, before)
+        gc.enable()
 
 
 def taken(read: Callable[[], Any]) -> Any:

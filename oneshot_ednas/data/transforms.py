@@ -161,8 +161,8 @@ def _scale(
         if kind.enlarged:
             picked = picked / scale[:, None, None, None] ** -kind.enlarged
         if is_flipped is not None and kind.mirrored != (1.0,):
-            mirrored = picked * constant(kind.mirrored, picked).view(-1, 1, 1)
-            picked = torch.where(is_flipped.view(-1, 1, 1, 1), mirrored, picked)
+            factors = torch.where(is_flipped[:, None], constant(kind.mirrored, picked), 1)
+            picked = picked * factors[:, :, None, None]
         if low < 1:
             picked = torch.where(inside, picked, kind.invalid)
         result[name] = picked.view_as(target).to(target.dtype)
