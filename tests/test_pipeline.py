@@ -14,7 +14,7 @@ from test_cli import call, figures, good
 from tiny import new_run, tiny_table
 
 from oneshot_ednas.architecture import Architecture
-from oneshot_ednas.checkpoint import load_checkpoint
+from oneshot_ednas.checkpoint import load_checkpoint, previous_checkpoint
 from oneshot_ednas.cli.runs import reopen
 from oneshot_ednas.config import ExperimentConfig, load_config
 from oneshot_ednas.data.source import DataConfig
@@ -47,6 +47,13 @@ def same_checkpoints(one, other) -> bool:
 
 
 # What a run leaves --------------------------------------------------------------------------
+
+
+def forget(files: RunFiles, stage: str) -> None:
+    """Delete the checkpoints of a stage: without the newest one, the one before is taken."""
+    path = files.checkpoint(stage)
+    path.unlink()
+    previous_checkpoint(path).unlink()
 
 
 def test_a_run_folder_holds_everything(finished_run):
@@ -173,7 +180,7 @@ def test_time_is_kept_with_each_checkpoint_and_reading_back_adds_none(
     after = run.seconds
     assert after["evaluate"] > before["evaluate"]
     assert {name: after[name] for name in STAGES} == {name: before[name] for name in STAGES}
-    RunFiles(out).checkpoint("retrain.seed_0").unlink()
+    forget(RunFiles(out), "retrain.seed_0")
     saved = []
 
     def spy(*arguments, on_save, **settings):
@@ -289,7 +296,7 @@ def test_an_export_is_compiled_once_there_is_a_compiler(own_copy, tmp_path, monk
 
 
 def test_an_export_without_its_training_is_refused_with_the_command_to_run(own_copy):
-    own_copy.files.checkpoint("retrain.seed_0").unlink()
+    forget(own_copy.files, "retrain.seed_0")
     with pytest.raises(ValueError, match=r"retrain.seed_0 is not trained to its end; run oneshot"):
         own_copy.export()
 
@@ -404,7 +411,7 @@ def test_stages_out_of_order_are_refused_with_the_command_to_run(project, finish
             stage()
     out = tmp_path / "copy"
     shutil.copytree(finished_run, out)
-    RunFiles(out).checkpoint("retrain.seed_1").unlink()
+    forget(RunFiles(out), "retrain.seed_1")
     run = new_run(project, out, resume=True)
     with pytest.raises(ValueError, match=r"retrain.seed_1 is not trained to its end; run oneshot"):
         run.evaluate()
@@ -552,7 +559,7 @@ def test_networks_trained_on_workers_are_those_trained_one_by_one(
     stages = ["retrain.seed_0", "retrain.seed_1", "baseline.base", "baseline.random"]
     log_before = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
     for stage in stages:
-        files.checkpoint(stage).unlink()
+        forget(files, stage)
     seconds = json.loads(files.seconds.read_text())
     files.seconds.write_text(json.dumps({"search": seconds["search"], "derive": seconds["derive"]}))
     run = new_run(project, folder, resume=True)
