@@ -15,7 +15,6 @@ from typing import Any
 
 from oneshot_ednas import distributed
 from oneshot_ednas.architecture import Architecture
-from oneshot_ednas.checkpoint import has_checkpoint, load_checkpoint
 from oneshot_ednas.config import ExperimentConfig, load_config
 from oneshot_ednas.data.packed import PackedSplit
 from oneshot_ednas.deploy import deploy, file_digest
@@ -311,10 +310,7 @@ class Run(Experiment, ABC):
         return self.train_network(architecture, stage, number, self.files.folder)
 
     def _is_trained(self, stage: str) -> bool:
-        path = self.files.checkpoint(stage)
-        return (
-            has_checkpoint(path) and int(load_checkpoint(path)["step"]) >= self.config.retrain.steps
-        )
+        return self.has_finished(stage, self.config.retrain.steps)
 
     def _score(self, network: Network) -> Metrics:
         return evaluate(

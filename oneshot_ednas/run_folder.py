@@ -17,6 +17,7 @@ import torch
 
 from oneshot_ednas import __version__, distributed
 from oneshot_ednas.architecture import Architecture
+from oneshot_ednas.checkpoint import has_checkpoint, load_checkpoint
 from oneshot_ednas.config import C, ExperimentConfig, first_difference, what_defines
 from oneshot_ednas.data.order import split_indices
 from oneshot_ednas.data.packed import PackedSplit
@@ -271,6 +272,11 @@ class RunFolder(Generic[C]):
         """Bytes per stage, `estimated` and at the `peak` over all sittings."""
         path = self.files.memory
         return dict(read_json(path)) if path.exists() else {}
+
+    def has_finished(self, stage: str, num_steps: int) -> bool:
+        """Whether the checkpoint of a stage holds so many steps."""
+        path = self.files.checkpoint(stage)
+        return has_checkpoint(path) and int(load_checkpoint(path)["step"]) >= num_steps
 
     def add_seconds(self, stage: str, spent: float) -> None:
         """Add to the time of a stage."""

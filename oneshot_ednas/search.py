@@ -534,10 +534,9 @@ class OneShotSearch:
             networks=[run],
             what=" (alpha)",
         )
-        mu = self.mu
         if latency.schedule == "dual":
-            raised = (mu + latency.dual_rate * log_ratio.detach()).clamp_min(0)
-            self.mu = torch.where(is_skipped, mu, raised)
+            raised = (self.mu + latency.dual_rate * log_ratio.detach()).clamp_min(0)
+            self.mu = torch.where(is_skipped, self.mu, raised)
         if self.config.progress(step) < 0.5 and step % self.config.loop.log_every == 0:
             self._watch_for_collapse(step)
         return {

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from oneshot_ednas.checkpoint import has_checkpoint, load_checkpoint
 from oneshot_ednas.config import TaskSharingConfig
 from oneshot_ednas.deploy import deploy
 from oneshot_ednas.latency.table import LatencyTable
@@ -309,10 +308,7 @@ class SharingRun(RunFolder[TaskSharingConfig], ABC):
         )
 
     def _is_trained(self, stage: str) -> bool:
-        path = self.files.checkpoint(stage)
-        return (
-            has_checkpoint(path) and int(load_checkpoint(path)["step"]) >= self.config.retrain.steps
-        )
+        return self.has_finished(stage, self.config.retrain.steps)
 
     def evaluate(self) -> dict[str, Any]:
         """Score the trained networks on the test split and write `results.json`."""

@@ -23,6 +23,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from oneshot_ednas.processes import end_with_parent
+
 R = TypeVar("R")
 MAX_RETRIES = 2
 """How often a job is run again whose process died."""
@@ -327,12 +329,4 @@ def _prepare_process() -> None:
     """Several processes with several threads each cost far more than they give."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that submits ends this one
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A job whose submitter was killed has nobody left to tell."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+    end_with_parent()

@@ -1,16 +1,16 @@
 """Work on the frames of a data set, spread over processes, with results in the frames' order."""
 
 import multiprocessing
-import os
 import signal
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
+
+from oneshot_ednas.processes import end_with_parent, num_cores
 
 R = TypeVar("R")
 J = TypeVar("J", bound=Sequence[Any])
@@ -54,7 +54,7 @@ def run_chunks(
     """
     if workers is not None and workers < 1:
         raise ValueError(f"--workers: expected at least 1, got {workers}")
-    count = min(_processors() if workers is None else workers, len(jobs))
+    count = min(num_cores() if workers is None else workers, len(jobs))
     results = map(work, jobs) if count <= 1 else _in_processes(work, jobs, count, name)
     yield from _reported(results, jobs, progress)
 
@@ -150,19 +150,4 @@ def _prepare_process() -> None:
     # Ctrl-C reaches every process of a terminal; handlers are those of the process that forked.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """Forked processes hold each other's pipes open, so these alone would not tell."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _processors() -> int:
-    """Processors that this process may use; in a container these are not all of the machine's."""
-    if sys.platform == "linux":
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    end_with_parent()

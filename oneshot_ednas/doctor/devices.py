@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 
 from oneshot_ednas import measure
-from oneshot_ednas.doctor.finding import Finding, ask, good, note, num_cores, problem, version_of
+from oneshot_ednas.doctor.finding import Finding, ask, good, note, problem, version_of
 from oneshot_ednas.export.edgetpu import COMPILER, find_compiler
 from oneshot_ednas.measure import EDGETPU_LIBRARY, MissingRuntime, find_runtime
 from oneshot_ednas.peak_memory import gib
+from oneshot_ednas.processes import num_cores
 
 CORAL_USB = {("1a6e", "089a"): "not yet initialised", ("18d1", "9302"): "initialised"}
 """Vendor and product of a Coral USB Accelerator: it changes them when its firmware is loaded."""

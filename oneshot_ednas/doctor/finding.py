@@ -1,9 +1,7 @@
 """A finding, and how checks ask programs and packages."""
 
 import importlib.metadata
-import os
 import subprocess
-import sys
 from dataclasses import dataclass
 from typing import Literal
 
@@ -67,10 +65,3 @@ def version_of(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def num_cores() -> int:
-    """Processors that this process may use."""
-    if sys.platform == "linux":
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

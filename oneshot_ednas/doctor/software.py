@@ -12,7 +12,8 @@ import torch
 
 import oneshot_ednas
 from oneshot_ednas import __version__
-from oneshot_ednas.doctor.finding import Finding, ask, good, note, num_cores, problem, version_of
+from oneshot_ednas.doctor.finding import Finding, ask, good, note, problem, version_of
+from oneshot_ednas.processes import num_cores
 from oneshot_ednas.schema import is_shipped, shipped
 
 MIN_TORCH = (2, 4)
