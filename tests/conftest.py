@@ -1,6 +1,7 @@
 """Shared fixtures: small spaces, a toy latency table, and every architecture of a small space."""
 
 import itertools
+import signal
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 
@@ -51,6 +52,15 @@ fusion: {tap_blocks: [3, 4], num_levels: 3, channels: 8, num_repeats: 2}
 head: {num_convs: 1}
 """
 """Four blocks, 3,072 architectures: small enough to try them all."""
+
+
+@pytest.fixture(autouse=True)
+def same_signals() -> Iterator[None]:
+    """A command that is stopped no longer listens to signals; its process would end next."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,15 @@
 """What all commands share: the group, options, errors as one line, tables on the console."""
 
 import json
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
-from typing import Any, ParamSpec, TextIO
+from typing import Any, NoReturn, ParamSpec, TextIO
 
 import click
 from rich.console import Console
@@ -43,13 +45,14 @@ def bad_input(function: Callable[P, None]) -> Callable[P, None]:
             distributed.finish()
             return
         try:
-            with sigterm_as_ctrl_c():
-                function(*args, **kwargs)
-                distributed.finish()
-        except Interrupted as stop:
-            _fail(f"{stop}; {_how_to_go_on()}", status=130)
-        except KeyboardInterrupt:
-            _fail(f"stopped; {_how_to_go_on()}", status=130)
+            try:
+                with sigterm_as_ctrl_c():
+                    function(*args, **kwargs)
+                    distributed.finish()
+            except Interrupted as stop:
+                _stop(f"{stop}; {_how_to_go_on()}")
+        except KeyboardInterrupt:  # also while the one before is being told
+            _stop(f"stopped; {_how_to_go_on()}")
         except (ValueError, OSError) as error:
             _fail(_one_line(error), status=2)
         except MemoryError as error:
@@ -88,7 +91,15 @@ def _one_line(error: Exception) -> str:
     return one_line(str(error))
 
 
-def _fail(message: str, *, status: int) -> None:
+def _stop(message: str) -> NoReturn:
+    # One more Ctrl-C would end the interpreter on its way out, with another status.
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+    _fail(message, status=130)
+
+
+def _fail(message: str, *, status: int) -> NoReturn:
     if distributed.is_first_to_fail():
         text = f"error: {message}" if status != 130 else message
         print(text, file=sys.stderr, flush=True)
