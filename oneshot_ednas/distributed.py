@@ -115,6 +115,11 @@ def own_device(device: torch.device) -> torch.device:
     return device
 
 
+def described(device: torch.device) -> str:
+    """A device in words, with how many processes share the work."""
+    return f"{device} in {count()} processes" if count() > 1 else str(device)
+
+
 def is_first_to_fail() -> bool:
     """Whether no other process of the run has asked this before: one of them tells the reason.
 

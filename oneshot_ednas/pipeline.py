@@ -373,7 +373,8 @@ class OneShotRun(Run):
             return
         note(
             f"search: {self.space.name}, {self.space.num_architectures:.3g} architectures, "
-            f"{self.config.search.steps} steps on {self.device}, target {self.target_ms:g} ms "
+            f"{self.config.search.steps} steps on {distributed.described(self.device)}, "
+            f"target {self.target_ms:g} ms "
             f"of {self.costs.min_latency_ms:.4g}..{self.costs.max_latency_ms:.4g} ms"
         )
         if self.target_ms >= self.costs.max_latency_ms:

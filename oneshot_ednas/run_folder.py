@@ -344,7 +344,7 @@ class Frames:
     def contents(self, files: RunFiles) -> dict[Path, tuple[str, str]]:
         """What a run folder keeps of them, as of `RunFolder._contents`."""
         return {
-            files.splits: ("data", json.dumps(self.sources, indent=1) + "\n"),
+            files.splits: ("data, or how it is split,", json.dumps(self.sources, indent=1) + "\n"),
             files.data: ("data", json.dumps(self.digests, indent=1) + "\n"),
         }
 

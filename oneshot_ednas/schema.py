@@ -218,7 +218,7 @@ def _apply_override(root: yaml.Node, override: str, source: str) -> None:
     node, parts = root, key.strip().split(".")
     if len(parts) > YAML_DEPTH:
         raise ValueError(f"--set: expected a key of at most {YAML_DEPTH} parts, got {len(parts)}")
-    value = compose_yaml(text, f"--set {key}") or yaml.ScalarNode("tag:yaml.org,2002:null", "")
+    value = compose_yaml(text, f"{_OVERRIDE}{key}") or yaml.ScalarNode("tag:yaml.org,2002:null", "")
     # Marks of the override, so that a message about its keys does not name a line of the file.
     marks = value.start_mark, value.end_mark
     for depth, part in enumerate(parts):
@@ -239,6 +239,10 @@ def _apply_override(root: yaml.Node, override: str, source: str) -> None:
             child = yaml.MappingNode("tag:yaml.org,2002:map", [], *marks)
             node.value.append((yaml.ScalarNode("tag:yaml.org,2002:str", part, *marks), child))
             node = child
+
+
+_OVERRIDE = "--set "
+"""What the names of the marks of overrides begin with."""
 
 
 class _Reader:
@@ -306,7 +310,11 @@ class _Reader:
         try:
             return cls(**values)
         except ValueError as error:
-            raise self.error(node, f"{where}: {error}" if where else str(error)) from None
+            message = f"{where}: {error}" if where else str(error)
+            changes = _changes(node)
+            if changes:  # the line alone would be that of what was right before
+                message = f"{message}, with {', '.join(changes)}"
+            raise self.error(node, message) from None
 
     def _union(self, node: yaml.Node, kinds: tuple[Any, ...], where: str) -> Any:
         if node.tag == "tag:yaml.org,2002:null" and type(None) in kinds:
@@ -405,6 +413,17 @@ def _by_kind(kinds: tuple[Any, ...]) -> dict[str, type]:
 
 def _join(where: str, key: str) -> str:
     return f"{where}.{key}" if where else key
+
+
+def _changes(node: yaml.Node) -> list[str]:
+    """The overrides that a mapping, or what is in it, was changed by."""
+    found = dict[str, None]()
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+        if key.start_mark is not None and key.start_mark.name.startswith(_OVERRIDE):
+            found[key.start_mark.name] = None
+        else:
+            found |= dict.fromkeys(_changes(value))
+    return list(found)
 
 
 def _show(node: yaml.Node) -> str:

@@ -399,7 +399,11 @@ class StageLog:
         if not self._is_written:
             return
         numbers = {name: float(value) for name, value in values.items()}
-        line = json.dumps({"stage": self.stage, "step": step, **numbers})
+        # JSON has no NaN: of a number that is not finite, null.
+        logged = {
+            name: number if math.isfinite(number) else None for name, number in numbers.items()
+        }
+        line = json.dumps({"stage": self.stage, "step": step, **logged}, allow_nan=False)
         append_text(self._path, line + "\n")
         for name, number in numbers.items():
             self._writer.add_scalar(name, number, step)

@@ -26,6 +26,7 @@ import torch
 
 from oneshot_ednas.architecture import Architecture
 from oneshot_ednas.checkpoint import (
+    has_checkpoint,
     load_checkpoint,
     previous_checkpoint,
     save_checkpoint,
@@ -38,6 +39,7 @@ from oneshot_ednas.schema import dump_yaml, read_json
 from oneshot_ednas.sharing_methods import BranchRun, ShareRun
 from oneshot_ednas.sharing_run import SharingRun
 from oneshot_ednas.store import write_text
+from oneshot_ednas.training import note
 
 RESUMES = 0.25
 """Share of the kills that come while a process is still starting."""
@@ -156,7 +158,7 @@ def stages_to_check(run: Run | SharingRun) -> dict[str, int]:
     if isinstance(run, SharingRun):
         return {run.method: run.search_config.steps}
     stages = {"search": run.config.search.steps} if isinstance(run, OneShotRun) else {}
-    begun = [stage for stage in trainings(run) if run.files.checkpoint(stage).exists()]
+    begun = [stage for stage in trainings(run) if has_checkpoint(run.files.checkpoint(stage))]
     if begun:
         newest = begun[-1]  # they are done in order
         stages[newest] = run.config.retrain.steps
@@ -197,6 +199,7 @@ def _checked(
         _copy(run, copy, stage, state, interval)
     attempt = partial(_Attempt, stage=stage, last=last)
 
+    note(f"verify-resume: {stage}: steps {first} to {last} without a stop")
     began = time.perf_counter()
     straight = attempt(copies["uninterrupted"])
     straight.wait_for(1)
@@ -205,7 +208,8 @@ def _checked(
     seconds = time.perf_counter() - began - start_seconds
 
     kills = []
-    for _ in range(num_kills):
+    for number in range(num_kills):
+        note(f"verify-resume: {stage}: kill {number + 1} of {num_kills}")
         begun = attempt(copies["killed"])
         if moments.random() < RESUMES:
             begun.process.join(moments.uniform(0, start_seconds))
@@ -221,6 +225,7 @@ def _checked(
     parts = _parts(copies["uninterrupted"], copies["killed"], stage)
     cause = None
     if any(part.difference for part in parts):
+        note(f"verify-resume: {stage}: they differ; once more without a stop, to tell why")
         attempt(copies["again"]).finish()
         again = _parts(copies["uninterrupted"], copies["again"], stage)
         cause = _cause(next((part.difference for part in again if part.difference), None))

@@ -166,6 +166,8 @@ def test_overrides_replace_values_and_name_themselves_in_errors(tmp_path):
     assert config.search.batch_size == 4
     for override, message in {
         "search.stepz=9": "--set search.stepz.*unknown key search.stepz; did you mean steps",
+        "search.batch_size=-3": "search: batch_size: expected .* -3, with --set search.batch_size$",
+        "search.splits.alpha=7": "search: splits: expected .*, with --set search.splits.alpha$",
         "search.steps=soon": "--set search.steps.*expected a whole number, got 'soon'",
         "steps": "--set steps: expected key=value",
     }.items():

@@ -291,7 +291,7 @@ def test_the_command_prints_one_object_and_fails_for_a_problem_only(monkeypatch)
     done = CliRunner().invoke(main, ["doctor", "--json"])
     assert done.exit_code == 0
     told = json.loads(done.stdout)
-    assert told["counts"] == {"ok": 1, "note": 1}
+    assert told["counts"] == {"ok": 1, "note": 1, "problem": 0}
     assert told["findings"][1] == {
         "name": "ray",
         "state": "note",

@@ -28,7 +28,12 @@ from oneshot_ednas.performance.mixture import PathMixture
 from oneshot_ednas.performance.page import BEGIN, END, update_page, with_table
 from oneshot_ednas.performance.plan import Plan, Row
 from oneshot_ednas.performance.run import MEASUREMENTS, measure
-from oneshot_ednas.performance.shares import phase_shares, search_macs_ratio, weight_step_macs
+from oneshot_ednas.performance.shares import (
+    finished_run,
+    phase_shares,
+    search_macs_ratio,
+    weight_step_macs,
+)
 from oneshot_ednas.performance.timing import (
     Spread,
     activation_bytes,
@@ -37,6 +42,8 @@ from oneshot_ednas.performance.timing import (
     ratio,
 )
 from oneshot_ednas.performance.workload import Workload, widened
+from oneshot_ednas.schema import dump_yaml
+from oneshot_ednas.store import write_json, write_text
 from oneshot_ednas.training import training_macs
 
 CPU = torch.device("cpu")
@@ -343,6 +350,34 @@ def test_every_measurement_runs_on_a_tiny_space(workload):
     rows = check_rows(measure(Plan.tiny(workload)), MEASUREMENTS)
     assert rows["growth.batch.weight_step.memory"].measured.median == pytest.approx(1, abs=0.1)
     assert rows["growth.tasks.weight_step.memory"].measured.median < 1
+
+
+def test_small_sizes_are_not_held_against_bounds(workload):
+    (row,) = measure(Plan.tiny(workload), ["latencies"])
+    assert row.holds is None
+    (row,) = measure(replace(Plan.tiny(workload), is_judged=True), ["latencies"])
+    assert row.holds is not None
+
+
+def test_the_search_of_a_run_is_held_against_one_retraining_as_long_and_as_run(project, tmp_path):
+    config = load_config(project / "config.yaml")
+    search = replace(config.search, steps=50)
+    retrain = replace(config.retrain, steps=100, num_seeds=3)
+    write_text(tmp_path / "config.yaml", dump_yaml(replace(config, search=search, retrain=retrain)))
+    cost = {"search_macs": 80, "retrain_macs": 120, "search_seconds": 4.0, "retrain_seconds": 3.0}
+    write_json(tmp_path / "results.json", {"method": "one_shot", "cost": cost})
+    rows = {row.name: (row.measured.median, row.holds) for row in finished_run(tmp_path)}
+    assert rows == {
+        "whole_search.run.macs": (2.0, True),
+        "whole_search.run.time": (4.0, False),
+        "whole_search.step.macs": (4.0, False),
+        "whole_search.step.time": (8.0, False),
+    }
+
+
+def test_what_is_no_finished_run_has_no_cost(tmp_path):
+    with pytest.raises(ValueError, match="expected a finished one-shot run"):
+        finished_run(tmp_path)
 
 
 def test_an_unknown_measurement_is_refused(workload):

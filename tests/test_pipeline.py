@@ -450,7 +450,7 @@ def test_a_space_or_data_that_changed_since_is_refused(project, finished_run, tm
     splits = read_json(out / "splits.json")
     splits["weights"][0] = "train/999"
     (out / "splits.json").write_text(json.dumps(splits))
-    with pytest.raises(ValueError, match="the data has changed since the run began"):
+    with pytest.raises(ValueError, match="the data, or how it is split, has changed since"):
         new_run(project, out, resume=True)
     shutil.copy(finished_run / "splits.json", out)
     digests = read_json(out / "data.json")

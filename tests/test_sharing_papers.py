@@ -31,7 +31,11 @@ def settings(*own: str) -> list[str]:
     return [part for setting in (*TINY, *own) for part in ("--set", setting)]
 
 
-@pytest.mark.parametrize("backbone", ["mobilenet_v2", "resnet50"])
+def slow(backbone: str):
+    return pytest.param(backbone, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("backbone", ["mobilenet_v2", slow("resnet50")])
 def test_bmtas_on_pascal(tmp_path, backbone):
     root, out = tmp_path / "data", tmp_path / "run"
     more = ("0002", "0003", "0004", "0005")
@@ -52,7 +56,7 @@ def test_bmtas_on_pascal(tmp_path, backbone):
     assert len(networks["separate"]["metrics"]) == 5
 
 
-@pytest.mark.parametrize("backbone", ["resnet34", "mobilenet_v2", "mnasnet"])
+@pytest.mark.parametrize("backbone", ["resnet34", slow("mobilenet_v2"), slow("mnasnet")])
 def test_automtl_on_nyuv2(tmp_path, backbone):
     root, out = tmp_path / "data", tmp_path / "run"
     fixtures_adashare.write_nyuv2(root, num_train=5)

@@ -523,7 +523,7 @@ def test_a_folder_of_this_run_needs_resume_and_of_another_is_refused(
     ("name", "what"),
     [
         ("data.json", "the data has changed"),
-        ("splits.json", "the data has changed"),
+        ("splits.json", "the data, or how it is split, has changed"),
         ("latency_table.csv", "the latency table has changed"),
         ("space.yaml", "the search space has changed"),
     ],

@@ -133,7 +133,7 @@ def uninterrupted(project, tmp_path_factory) -> tuple[dict[str, str], float]:
 
 
 def test_a_run_killed_a_few_times_ends_as_the_uninterrupted_one(project, uninterrupted, tmp_path):
-    kills, _ = killed_runs(project, tmp_path, *uninterrupted, most=4)
+    kills, _ = killed_runs(project, tmp_path, *uninterrupted, most=3)
     assert kills
 
 

@@ -15,6 +15,7 @@ from tiny import CPU
 from oneshot_ednas.data.transforms import AugmentConfig
 from oneshot_ednas.guard import StepGuard
 from oneshot_ednas.models.network import build_network
+from oneshot_ednas.report.plots import RunLog
 from oneshot_ednas.training import (
     Interrupted,
     LoopConfig,
@@ -290,6 +291,22 @@ def test_the_loop_logs_and_saves_at_its_intervals_and_at_the_end(tmp_path):
     assert logged(tmp_path) == [("s", 0), ("s", 2), ("s", 4), ("s", 5)]
     assert log.seconds > 0
     assert list((tmp_path / "tensorboard" / "s").iterdir())
+
+
+def test_numbers_that_are_not_finite_are_null_in_the_log_and_gaps_in_its_curves(tmp_path):
+    losses = [1.0, math.nan, math.inf]
+    every = LoopConfig(log_every=1, checkpoint_every=9)
+    loop(tmp_path, take_step=lambda step: {"x": losses[step]}, config=every, total=3)
+    path = tmp_path / "metrics.jsonl"
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    rows = [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+    assert [row["x"] for row in rows] == [1.0, None, None]
+    steps, values = RunLog.read(path).curve("s", "x")
+    np.testing.assert_equal(steps, [0, 1, 2])
+    np.testing.assert_equal(values, [1.0, math.nan, math.nan])
 
 
 def test_a_resumed_stage_drops_the_lines_of_the_steps_that_it_takes_again(tmp_path):

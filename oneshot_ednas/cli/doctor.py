@@ -10,8 +10,9 @@ from rich.text import Text
 
 from oneshot_ednas.cli.common import bad_input, console, json_option, main
 from oneshot_ednas.doctor import diagnose
+from oneshot_ednas.doctor.finding import State
 
-STYLES = {"ok": "green", "note": "yellow", "problem": "bold red"}
+STYLES: dict[State, str] = {"ok": "green", "note": "yellow", "problem": "bold red"}
 
 
 @main.command()
@@ -28,7 +29,8 @@ def doctor(as_json: bool) -> None:
     findings = diagnose()
     counts = Counter(finding.state for finding in findings)
     if as_json:
-        print(json.dumps({"findings": [asdict(one) for one in findings], "counts": dict(counts)}))
+        found = [asdict(one) for one in findings]
+        print(json.dumps({"findings": found, "counts": {name: counts[name] for name in STYLES}}))
     else:
         table = Table(show_edge=False)
         for column in ("", "what", "found", "cure"):

@@ -80,6 +80,8 @@ class Plan:
     num_candidates: int = 64
     """k of the derivation."""
     growth_factors: tuple[int, ...] = (1, 2, 4)
+    is_judged: bool = True
+    """Whether the figures are held against their bounds, which are made for full sizes."""
 
     @property
     def device(self) -> torch.device:
@@ -139,4 +141,5 @@ class Plan:
             num_latencies=100,
             num_candidates=4,
             growth_factors=(1, 2),
+            is_judged=False,
         )

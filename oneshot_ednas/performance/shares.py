@@ -152,21 +152,32 @@ def finished_run(folder: Path) -> list[Row]:
     if results.get("method") != "one_shot":
         raise ValueError(f"{folder}: expected a finished one-shot run, with its results.json")
     config = load_config(folder / "config.yaml")
-    cost, trainings = results["cost"], config.retrain.num_seeds
-    what = (
-        f"search of {config.search.steps} steps over one retraining of its result, of "
-        f"{config.retrain.steps} steps, as run: {folder.name}"
-    )
+    cost, search, retrain = results["cost"], config.search, config.retrain
+    lengths = {
+        "run": (
+            1.0,
+            f"of {search.steps} steps over one retraining of its result, of "
+            f"{retrain.steps} steps, as run",
+        ),
+        "step": (
+            retrain.steps / search.steps,
+            "over one retraining of its result for as many steps, from a run",
+        ),
+    }
+    kinds = (("macs", "macs", "multiply-adds"), ("time", "seconds", "time"))
     return [
         Row(
-            name=f"whole_search.run.{name}",
-            what=f"{what}: {words}",
-            measured=Spread.exactly(cost[f"search_{key}"] / cost[f"retrain_{key}"] * trainings),
+            name=f"whole_search.{length}.{name}",
+            what=f"search {what}: {folder.name}: {words}",
+            measured=Spread.exactly(
+                factor * cost[f"search_{key}"] / cost[f"retrain_{key}"] * retrain.num_seeds
+            ),
             unit="x",
             bound=MAX_SEARCH_RATIO,
             details=cost,
         )
-        for name, key, words in (("macs", "macs", "multiply-adds"), ("time", "seconds", "time"))
+        for length, (factor, what) in lengths.items()
+        for name, key, words in kinds
     ]
 
 

@@ -122,9 +122,10 @@ class RunLog:
         return [s for s in dict.fromkeys(x["stage"] for x in self.lines) if s.startswith(prefix)]
 
     def curve(self, stage: str, key: str) -> tuple[np.ndarray, np.ndarray]:
-        """Steps and values of the lines of a stage that have a key."""
+        """Steps and values of the lines of a stage that have a key; NaN for null."""
         lines = [line for line in self.lines if line["stage"] == stage and key in line]
-        return np.array([x["step"] for x in lines]), np.array([float(x[key]) for x in lines])
+        values = [math.nan if line[key] is None else float(line[key]) for line in lines]
+        return np.array([line["step"] for line in lines]), np.array(values)
 
 
 def search_plots(
