@@ -215,30 +215,6 @@ def test_a_library_that_is_no_delegate_opens_no_edge_tpu(monkeypatch):
     assert "libm.so.6 is no delegate" in found.found
 
 
-MOUNTS = """\
-22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw
-30 22 0:40 / /home rw,relatime shared:2 master:1 - nfs4 server:/home rw
-31 30 8:2 / /home/me/local\\040disk rw - xfs /dev/sdb1 rw
-"""
-
-
-@pytest.mark.parametrize(
-    ("path", "kind"),
-    [
-        ("/tmp/x", "ext4"),
-        ("/home", "nfs4"),
-        ("/home/me/runs", "nfs4"),
-        ("/homes/me", "ext4"),
-        ("/home/me/local disk/runs", "xfs"),
-    ],
-)
-def test_the_file_system_is_that_of_the_nearest_mount(tmp_path, path, kind):
-    mounts = tmp_path / "mountinfo"
-    mounts.write_text(MOUNTS)
-    assert resources.file_system(Path(path), mounts) == kind
-    assert resources.file_system(Path(path), tmp_path / "none") is None
-
-
 @pytest.mark.parametrize(
     ("kind", "free", "state", "word"),
     [

@@ -293,7 +293,7 @@ def test_a_copy_without_the_log_is_told(small_space, path):
 
 def test_a_file_system_without_a_log_is_told_once_and_serves(small_space, path, monkeypatch):
     kept = killed_search(path, small_space)
-    monkeypatch.setattr(database, "_NETWORK", (database._file_system(path),))
+    monkeypatch.setattr(database, "file_system", lambda _: "nfs4")
     with pytest.warns(UserWarning, match="no write-ahead log on this file system") as told:
         store = TrialStore(path)
     assert len(told) == 1

@@ -13,31 +13,13 @@ import torch
 
 from oneshot_ednas.data.cache import CACHE_VARIABLE, default_cache_dir
 from oneshot_ednas.doctor.finding import Finding, ask, good, note, problem
+from oneshot_ednas.file_systems import file_system, is_remote
 from oneshot_ednas.peak_memory import GIB, free_memory, gib
 
 MIN_MEMORY, GOOD_MEMORY = GIB, 3 * GIB
 """Below these there is a problem, or a note."""
 MIN_DISK, GOOD_DISK = GIB // 4, 2 * GIB
 MIN_FILES = 512
-NETWORK_FILE_SYSTEMS = {
-    *("9p", "afs", "beegfs", "ceph", "cifs", "fuse.glusterfs", "fuse.sshfs", "gpfs", "lustre"),
-    *("ncpfs", "nfs", "nfs4", "smb3", "smbfs"),
-}
-
-
-def file_system(path: Path, mounts: Path = Path("/proc/self/mountinfo")) -> str | None:
-    """Type of the file system that a path lies on; None where the system does not tell."""
-    if not mounts.exists():
-        return None
-    best, kind = "", None
-    for line in mounts.read_text().splitlines():
-        left, _, right = line.partition(" - ")
-        # Spaces in a path are written as octal numbers.
-        point = left.split()[4].encode().decode("unicode_escape")
-        is_above = path == Path(point) or Path(point) in path.parents
-        if is_above and len(point) >= len(best):
-            best, kind = point, right.split()[0]
-    return kind
 
 
 def check_folders() -> Iterator[Finding]:
@@ -67,7 +49,7 @@ def check_folder(name: str, folder: Path, cure: str) -> Finding:
     said += f", {gib(free)} free"
     if free < MIN_DISK:
         return problem(name, said, f"free some space, or {cure}")
-    if kind in NETWORK_FILE_SYSTEMS:
+    if is_remote(kind):
         return note(
             name,
             f"{said}: locks and SQLite's write-ahead log are not safe there with several machines",

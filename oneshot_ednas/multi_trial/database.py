@@ -17,6 +17,8 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Literal, TypeVar
 
+from oneshot_ednas.file_systems import file_system, is_remote
+
 R = TypeVar("R")
 
 BUSY_SECONDS = 15.0
@@ -24,8 +26,6 @@ BUSY_SECONDS = 15.0
 LET_GO_SECONDS = 2.0
 """How long to wait for readers, so that the file can be left without a write-ahead log."""
 
-# A log works through memory that processes share: on one machine only.
-_NETWORK = ("nfs", "cifs", "smb", "9p", "afs", "ceph", "lustre", "gluster", "beegfs", "gpfs")
 _NO_SHARED_MEMORY = (
     sqlite3.SQLITE_CANTOPEN,
     sqlite3.SQLITE_PROTOCOL,
@@ -85,20 +85,8 @@ def _has_log(connection: sqlite3.Connection) -> bool:
 
 
 def _is_remote(path: Path) -> bool:
-    return _file_system(path).startswith(_NETWORK)
-
-
-def _file_system(path: Path) -> str:
-    """Kind of the file system, for example `ext4` or `nfs4`; empty where Linux cannot tell."""
-    mounts, parent = Path("/proc/self/mounts"), path.absolute().parent.resolve()
-    if not mounts.exists():
-        return ""
-    kinds = {}
-    for line in mounts.read_text("utf-8", "surrogateescape").splitlines():
-        _, place, kind, *_ = line.split(" ")
-        kinds[place.replace("\\040", " ")] = kind  # of two at one place the later is seen
-    places = (str(place) for place in (parent, *parent.parents))
-    return next((kinds[place] for place in places if place in kinds), "")
+    # A log works through memory that processes share: on one machine only.
+    return is_remote(file_system(path.absolute().parent.resolve()))
 
 
 def let_go(connection: sqlite3.Connection, *, waits: bool = True) -> None:
