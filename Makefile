@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 .PHONY: help demo test test-all fuzz lint format wheel clean
 
 help:
-	@echo "make demo    the whole pipeline on rendered street scenes: runs/demo, about 8 minutes"
+	@echo "make demo    the whole pipeline on rendered street scenes: runs/demo, about 6 minutes"
 	@echo "make test    the default tests"
 	@echo "make test-all  with the slow ones, about an hour"
 	@echo "make fuzz    10,000 inputs for each reader of files from others"
