@@ -104,12 +104,12 @@ def search_seconds(
 
 
 def whole_search(plan: Plan) -> list[Row]:
-    """The search against one retraining of its result, on the same data for as many steps."""
+    """The search against one retraining as long, of networks drawn inside the target."""
     rows = []
     for name, workload in plan.defaults.items():
         what = (
-            f"whole search over one retraining of its result for as many steps, {name} as "
-            f"shipped ({workload.size})"
+            f"whole search over one retraining of a network drawn inside the target, for as "
+            f"many steps, {name} as shipped ({workload.size})"
         )
         rows.append(
             Row(
