@@ -180,7 +180,7 @@ def check_algorithm(one: Evolution, lines: list) -> None:
 
 @pytest.mark.parametrize(
     ("kills", "num_trials"),
-    [pytest.param(*kills, marks=pytest.mark.slow) for kills in ((5, 12), (100, 60))],
+    [pytest.param(*kills, marks=pytest.mark.slow) for kills in ((5, 40), (100, 150))],
 )
 def test_no_trial_is_lost_or_counted_twice_when_processes_are_killed(
     project, tmp_path, kills, num_trials
@@ -188,7 +188,7 @@ def test_no_trial_is_lost_or_counted_twice_when_processes_are_killed(
     generator = random.Random(kills)
     done = {"workers": 0, "searches": 0}
     rounds: list[list[Trial]] = []
-    while not rounds or sum(done.values()) < kills:
+    while not rounds or done["workers"] < kills:
         number = len(rounds)
         one = Evolution(
             project,
@@ -202,7 +202,7 @@ def test_no_trial_is_lost_or_counted_twice_when_processes_are_killed(
     trials = [trial for found in rounds for trial in found]
     states = {state: sum(t.state == state for t in trials) for state in ("done", "failed")}
     print(f"{done} killed in {len(rounds)} searches: {len(trials)} trials, {states}")
-    assert sum(done.values()) >= kills
+    assert done["workers"] >= kills
     assert states["done"] > len(trials) / 2
 
 
@@ -218,12 +218,12 @@ def kill_at_random(one: Evolution, generator, kills: int, done: dict[str, int]) 
         if generator.random() < 0.8:
             before = one.num_lines()
             wait_until(lambda b=before: one.num_lines() > b or one.is_over(), "event")
-        time.sleep(generator.uniform(0.0, 1.5))
+        time.sleep(generator.uniform(0.0, 0.7))
         if one.num_ended():
             found = {trial.number: trial for trial in one.read() if trial.ended is not None}
             assert {number: found[number] for number in seen} == seen
             seen = found
-        if sum(done.values()) >= kills or one.is_over():
+        if done["workers"] >= kills or one.is_over():
             one.process.wait(PATIENCE_S)
         elif generator.random() < 0.85:
             victims = one.workers()
