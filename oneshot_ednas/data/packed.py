@@ -136,7 +136,7 @@ def _to_training(kind: str | None, stored: Tensor) -> Tensor:
         return stored.long()
     if stored.ndim == 3:
         return stored.unsqueeze(1)
-    planes = stored.permute(0, 3, 1, 2).float().contiguous()
+    planes = stored.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
     return planes.div_(127.5).sub_(1) if kind is None else planes
 
 

@@ -144,8 +144,8 @@ def _scale(
     # Nearest pixels of an axis-aligned map: one row and one column index per pixel of the border.
     columns, inside_x = _nearest(x, width)
     rows, inside_y = _nearest(y, height)
-    inside = inside_y[:, None, :, None] & inside_x[:, None, None, :]
     if low < 1:
+        inside = inside_y[:, None, :, None] & inside_x[:, None, None, :]
         result["image"] = torch.where(inside, result["image"], 0)
     flat = (rows[:, :, None] * width + columns[:, None, :]).view(size, 1, -1)
 
@@ -158,11 +158,12 @@ def _scale(
         planes = target.view(size, -1, height * width)
         picked = planes.gather(2, flat.expand(-1, planes.shape[1], -1))
         picked = picked.view(size, -1, height, width)
+        # In place: on a CPU most of the time goes into memory that is new.
         if kind.enlarged:
-            picked = picked / scale[:, None, None, None] ** -kind.enlarged
+            picked.div_(scale[:, None, None, None] ** -kind.enlarged)
         if is_flipped is not None and kind.mirrored != (1.0,):
             factors = torch.where(is_flipped[:, None], constant(kind.mirrored, picked), 1)
-            picked = picked * factors[:, :, None, None]
+            picked.mul_(factors[:, :, None, None])
         if low < 1:
             picked = torch.where(inside, picked, kind.invalid)
         result[name] = picked.view_as(target).to(target.dtype)

@@ -197,7 +197,8 @@ def data_loading(plan: Plan) -> list[Row]:
             augmentation=training.augmentation,
             device=workload.device,
         )
-        works: dict[str, Work] = {"batch": batch, "step": partial(training.take_step, 0)}
+        # After a step, as in a training, and not after what comes between the rounds.
+        works: dict[str, Work] = {"step": partial(training.take_step, 0), "batch": batch}
         seconds = interleaved(works, repeats=plan.repeats, device=workload.device)
         rows.append(
             Row(
