@@ -133,7 +133,7 @@ def _read(path: Path) -> dict[str, Any]:
         )
     if not is_whole or form not in (1, FORMAT):
         raise DamageError(_damaged(path, "its SHA-256 does not match"))
-    if not isinstance(result, dict):
+    if not isinstance(result, dict) or not all(isinstance(key, str) for key in result):
         raise DamageError(_damaged(path, "it holds no state"))
     return result
 
