@@ -209,6 +209,10 @@ def imported(name: str, cls: type[T] | None = None, *, what: str) -> Any:
     return found
 
 
+_OVERRIDE = "--set "
+"""What the names of the marks of overrides begin with."""
+
+
 def _apply_override(root: yaml.Node, override: str, source: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key.strip():
@@ -239,10 +243,6 @@ def _apply_override(root: yaml.Node, override: str, source: str) -> None:
             child = yaml.MappingNode("tag:yaml.org,2002:map", [], *marks)
             node.value.append((yaml.ScalarNode("tag:yaml.org,2002:str", part, *marks), child))
             node = child
-
-
-_OVERRIDE = "--set "
-"""What the names of the marks of overrides begin with."""
 
 
 class _Reader:
